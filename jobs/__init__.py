@@ -1,0 +1,1 @@
+"""What runs on the cluster: started as `python -m jobs.…`, never imported by the control plane."""

@@ -1,0 +1,1 @@
+"""From a data file to tokens with a loss mask: sources, formats, rendering, split, packing."""

@@ -1,0 +1,1 @@
+"""The fine-tune that runs on the cluster."""

@@ -1,0 +1,1 @@
+"""The database: SQLAlchemy 2 models and Alembic migrations. SQLite by default, PostgreSQL by URL."""

@@ -1,0 +1,165 @@
+"""The one exception family of Adaptory.
+
+Every message says what happened, where (file, line, field, value), and what to do next. Errors cross Ray process borders
+and travel inside a run's `result.json`, so each one pickles and turns into JSON without loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class AdaptoryError(Exception):
+    """Something a person can act on; printed in one paragraph, without a traceback.
+
+    Args:
+        message: what happened, with the place and the value.
+        hint: what to do next, as a sentence; printed after the message.
+        **context: JSON-able facts for machines (`file`, `line`, `field`, `value`, …), kept in `to_dict()`.
+    """
+
+    code = "error"
+    """Stable machine-readable name, used in `--json` and in `result.json`."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None, **context: Any):
+        super().__init__(message)
+        self.message, self.hint, self.context = message, hint, context
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.hint, self.context)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"code": self.code, "message": self.message, "hint": self.hint, **self.context}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> AdaptoryError:
+        """The error that `to_dict` described; an unknown code becomes a plain `AdaptoryError`."""
+        data = dict(data)
+        kind = _by_code(AdaptoryError).get(data.pop("code", ""), AdaptoryError)
+        return kind(data.pop("message", "unknown error"), hint=data.pop("hint", None), **data)
+
+
+def _rebuild(kind: type[AdaptoryError], message: str, hint: str | None, context: dict[str, Any]) -> AdaptoryError:
+    return kind(message, hint=hint, **context)
+
+
+def _by_code(root: type[AdaptoryError]) -> dict[str, type[AdaptoryError]]:
+    found = {root.code: root}
+    for child in root.__subclasses__():
+        found |= _by_code(child)
+    return found
+
+
+class SettingsError(AdaptoryError):
+    """An ADAPTORY_* variable that cannot be used."""
+
+    code = "invalid_settings"
+    exit_code = 2
+
+
+class SpecError(AdaptoryError):
+    """A job spec that cannot be used. Context: `file`, `line`, `field`, `value`."""
+
+    code = "invalid_spec"
+    exit_code = 2
+
+
+class DataError(AdaptoryError):
+    """Data that cannot be trained on. Context: `file`, `line`, `field`, `value`."""
+
+    code = "invalid_data"
+    exit_code = 2
+
+
+class ModelError(AdaptoryError):
+    """A base model that is not there or cannot be trained. Context: `model`."""
+
+    code = "invalid_model"
+    exit_code = 2
+
+
+class AdapterError(AdaptoryError):
+    """An adapter that is missing, damaged, empty or does not fit its base. Context: `adapter`, `check`."""
+
+    code = "invalid_adapter"
+
+
+class StoreError(AdaptoryError):
+    """The artifact store cannot be read or written. Context: `url`, `path`."""
+
+    code = "store_unavailable"
+
+
+class ObjectMissing(StoreError):
+    """Nothing is at this path of the store."""
+
+    code = "object_missing"
+
+
+class CorruptObject(StoreError):
+    """Stored bytes do not have the digest that their manifest or name promises."""
+
+    code = "object_corrupt"
+
+
+class ClusterError(AdaptoryError):
+    """The Ray cluster cannot be reached, does not fit, or cannot run this job."""
+
+    code = "cluster_unavailable"
+
+
+class InsufficientResources(ClusterError):
+    """More was asked for than the cluster has or its autoscaler may ever add."""
+
+    code = "insufficient_resources"
+
+
+class RunError(AdaptoryError):
+    """A run that cannot do what was asked of it. Context: `run`, `state`."""
+
+    code = "run_error"
+
+
+class RunNotFound(RunError):
+    code = "run_not_found"
+    exit_code = 2
+
+
+class RunExists(RunError):
+    code = "run_exists"
+    exit_code = 2
+
+
+class IllegalTransition(RunError):
+    """A run cannot go from its present state to the one asked for."""
+
+    code = "illegal_transition"
+
+
+class TrainingError(AdaptoryError):
+    """Training stopped for a reason of its own. Context: `step`, `learning_rate`."""
+
+    code = "training_failed"
+
+
+class TrainingDiverged(TrainingError):
+    """The loss is not finite; the last good checkpoint is kept."""
+
+    code = "training_diverged"
+
+
+class OutOfMemory(TrainingError):
+    """The device or the machine has too little memory for this step."""
+
+    code = "out_of_memory"
+
+
+class Superseded(RunError):
+    """A newer attempt owns this run; this one must stop without writing."""
+
+    code = "superseded"

@@ -1,0 +1,1 @@
+"""Runs: states and legal transitions, events, submission (spec → Ray Job), reconciliation."""

@@ -1,0 +1,41 @@
+"""Run states: OpenAI's names, with their legal transitions and what Ray's job states mean for them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class RunState(StrEnum):
+    VALIDATING_FILES = "validating_files"
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        """Whether nothing will happen any more unless a person asks for it."""
+        return self in (RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED)
+
+    @property
+    def active(self) -> bool:
+        """Whether an attempt is, or is about to be, on the cluster."""
+        return self in (RunState.VALIDATING_FILES, RunState.QUEUED, RunState.RUNNING)
+
+    def may_become(self, other: RunState) -> bool:
+        return other in _TRANSITIONS[self]
+
+
+_ENDS = {RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED}
+
+_TRANSITIONS: dict[RunState, set[RunState]] = {
+    RunState.VALIDATING_FILES: {RunState.QUEUED, RunState.RUNNING, RunState.PAUSED, *_ENDS},
+    RunState.QUEUED: {RunState.RUNNING, RunState.PAUSED, *_ENDS},
+    RunState.RUNNING: {RunState.PAUSED, *_ENDS},
+    RunState.PAUSED: {RunState.QUEUED, RunState.CANCELLED},
+    RunState.SUCCEEDED: set(),
+    RunState.FAILED: {RunState.QUEUED},  # resumed from its last checkpoint
+    RunState.CANCELLED: {RunState.QUEUED},
+}

@@ -1,0 +1,74 @@
+"""Where state lives: `ADAPTORY_*` environment variables → `Settings`."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from orchestrator.errors import SettingsError
+
+
+class Settings(BaseSettings):
+    """Read once at a composition root and passed on; nothing else reads the environment."""
+
+    model_config = SettingsConfigDict(env_prefix="ADAPTORY_", extra="ignore", frozen=True)
+
+    home: Path = Field(default=Path("~/.adaptory"))
+    """Directory of `state.db`, `store/`, `keys/` and `cache/`."""
+
+    database_url: str | None = None
+    """SQLAlchemy URL; default SQLite in `home`."""
+
+    store_url: str | None = None
+    """Artifact store: a directory or `s3://bucket/prefix`; default `home`/store. S3 endpoint and credentials come from AWS_*."""
+
+    ray_address: str | None = None
+    """Ray Jobs API address (`http://host:8265`); default: the local Ray, started on demand."""
+
+    tenant: str = "default"
+    """Owner of what is created when nothing else says so."""
+
+    @field_validator("home")
+    @classmethod
+    def _expand(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @property
+    def database(self) -> str:
+        return self.database_url or f"sqlite:///{self.home / 'state.db'}"
+
+    @property
+    def store(self) -> str:
+        return self.store_url or str(self.home / "store")
+
+    @property
+    def cache(self) -> Path:
+        return self.home / "cache"
+
+    @property
+    def keys(self) -> Path:
+        return self.home / "keys"
+
+    @cached_property
+    def remote(self) -> bool:
+        """Whether jobs run on a cluster that somebody else started."""
+        return self.ray_address is not None
+
+
+def load_settings() -> Settings:
+    """The settings of this process.
+
+    Raises:
+        SettingsError: a variable has a value that cannot be used.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "ADAPTORY_" + "_".join(str(part) for part in first["loc"]).upper()
+        raise SettingsError(
+            f"{name}={first['input']!r}: {first['msg']}.", hint="Change or unset the variable."
+        ) from error

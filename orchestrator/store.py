@@ -1,0 +1,350 @@
+"""The artifact store: the only durable channel between a job and the control plane.
+
+One class over fsspec serves a local directory and `s3://bucket/prefix`. A single object is written atomically (a temporary
+name and a rename on disk, one PUT on S3). A directory is *published*: its files first, `manifest.json` last, so a directory
+without its manifest does not exist for readers, and a reader checks every byte against the manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from pydantic import BaseModel, Field
+
+from orchestrator.errors import CorruptObject, ObjectMissing, StoreError
+
+MANIFEST = "manifest.json"
+
+
+# --- one function per path ------------------------------------------------------------------------------------------
+
+
+def file_path(sha256: str) -> str:
+    return f"files/{sha256}"
+
+
+def base_path(digest: str) -> str:
+    return f"bases/{_plain(digest)}"
+
+
+def adapter_path(digest: str) -> str:
+    return f"adapters/{_plain(digest)}"
+
+
+def run_path(run: str) -> str:
+    return f"runs/{run}"
+
+
+def spec_path(run: str) -> str:
+    return f"runs/{run}/spec.json"
+
+
+def result_path(run: str) -> str:
+    return f"runs/{run}/result.json"
+
+
+def attempt_path(run: str) -> str:
+    """Names the attempt that owns the run; a writer of an older one is fenced off."""
+    return f"runs/{run}/attempt.json"
+
+
+def control_path(run: str, attempt: int) -> str:
+    """What the control plane asks of a running attempt: `{"action": "pause" | "cancel"}`."""
+    return f"runs/{run}/control/a{attempt}.json"
+
+
+def checkpoints_path(run: str) -> str:
+    return f"runs/{run}/checkpoints"
+
+
+def checkpoint_path(run: str, step: int) -> str:
+    return f"{checkpoints_path(run)}/{step:08d}"
+
+
+def segments_path(run: str, stream: str) -> str:
+    """Directory of a run's `events` or `logs`."""
+    return f"runs/{run}/{stream}"
+
+
+def segment_path(run: str, stream: str, attempt: int, writer: str, number: int) -> str:
+    return f"{segments_path(run, stream)}/a{attempt}-{writer}-{number:06d}.jsonl"
+
+
+def train_storage_path(run: str) -> str:
+    """Where Ray Train keeps its own small state and pointer checkpoints."""
+    return f"runs/{run}/ray"
+
+
+def _plain(digest: str) -> str:
+    return digest.removeprefix("sha256:")
+
+
+# --- manifest -------------------------------------------------------------------------------------------------------
+
+
+class ManifestFile(BaseModel):
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What a published directory holds; written last."""
+
+    files: dict[str, ManifestFile]
+    """By path relative to the directory, with forward slashes."""
+
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# --- the store ------------------------------------------------------------------------------------------------------
+
+
+class Store:
+    """Objects by relative path under one URL.
+
+    Args:
+        url: a directory, `file://…`, or `s3://bucket/prefix`. Credentials and endpoint come from the AWS_* environment.
+
+    Raises (from every method):
+        StoreError: the store cannot be reached or refuses; the message names the URL and what to check.
+        ObjectMissing: a read of something that is not there.
+    """
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/") if "://" in url else str(Path(url).expanduser().absolute())
+        with self._explained(""):
+            self.fs, self.root = fsspec.url_to_fs(self.url, **_options(self.url))
+
+    @property
+    def local(self) -> bool:
+        return not self.url.startswith("s3://")
+
+    def full(self, path: str) -> str:
+        """The file system's own name of `path`; refuses one that would leave the store."""
+        parts = path.split("/")
+        if path.startswith("/") or ".." in parts or "" in parts[:-1]:
+            raise StoreError(f"{path!r} is not a path inside the store.", url=self.url, path=path)
+        return f"{self.root}/{path}"
+
+    # single objects
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write one object atomically: readers see the old bytes or the new, never a part."""
+        target = self.full(path)
+        with self._explained(path):
+            if self.local:
+                _write_local(Path(target), data)
+            else:
+                self.fs.pipe_file(target, data)
+
+    def write_json(self, path: str, value: Any) -> None:
+        self.write(path, json.dumps(value, indent=1, sort_keys=True).encode())
+
+    def read(self, path: str) -> bytes:
+        with self._explained(path):
+            return self.fs.cat_file(self.full(path))
+
+    def read_json(self, path: str) -> Any:
+        data = self.read(path)
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise CorruptObject(f"{self.url}/{path} is not JSON ({error}).", url=self.url, path=path) from error
+
+    def exists(self, path: str) -> bool:
+        with self._explained(path):
+            self.fs.invalidate_cache()
+            return self.fs.exists(self.full(path))
+
+    def list(self, prefix: str) -> list[str]:
+        """Paths of all objects below `prefix`, relative to the store, sorted; empty when there is none."""
+        with self._explained(prefix):
+            self.fs.invalidate_cache()
+            found = self.fs.find(self.full(prefix))
+        names = (name[len(self.root) + 1 :] for name in found)
+        return sorted(name for name in names if not Path(name).name.startswith(".tmp-"))
+
+    def children(self, prefix: str) -> list[str]:
+        """Names directly below `prefix`, sorted; empty when there is none."""
+        with self._explained(prefix):
+            self.fs.invalidate_cache()
+            try:
+                found = self.fs.ls(self.full(prefix), detail=False)
+            except FileNotFoundError:
+                return []
+        return sorted(Path(name).name for name in found if Path(name).name and not Path(name).name.startswith(".tmp-"))
+
+    def delete(self, path: str) -> None:
+        """Remove an object, or everything below a directory (its manifest first); nothing there is no error."""
+        with self._explained(path):
+            target = self.full(path)
+            self.fs.invalidate_cache()
+            if not self.fs.exists(target):
+                return
+            if self.fs.exists(f"{target}/{MANIFEST}"):
+                self.fs.rm_file(f"{target}/{MANIFEST}")
+            self.fs.rm(target, recursive=True)
+
+    # content-addressed files
+
+    def put_file(self, local: Path) -> str:
+        """Store a file under its SHA-256; returns the digest. Storing it twice copies it once."""
+        digest = sha256_file(local)
+        target = file_path(digest)
+        if not self.exists(target):
+            self._upload(local, target)
+        return digest
+
+    def get_file(self, sha256: str, local: Path) -> Path:
+        """Fetch a content-addressed file to `local`, checking its digest; returns `local`."""
+        self._download(file_path(sha256), local, sha256)
+        return local
+
+    # published directories
+
+    def publish(self, prefix: str, directory: Path, metadata: dict[str, Any] | None = None) -> Manifest:
+        """Copy every file of `directory` to `prefix`, then its manifest. Until then readers see nothing there."""
+        names = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
+        files = {
+            name: ManifestFile(size=(directory / name).stat().st_size, sha256=sha256_file(directory / name))
+            for name in names
+            if name != MANIFEST
+        }
+        manifest = Manifest(files=files, metadata=metadata or {})
+        for name in files:
+            self._upload(directory / name, f"{prefix}/{name}")
+        self.write(f"{prefix}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
+        return manifest
+
+    def manifest(self, prefix: str) -> Manifest | None:
+        """The manifest of a published directory, or None when it was never completed."""
+        try:
+            return Manifest.model_validate_json(self.read(f"{prefix}/{MANIFEST}"))
+        except ObjectMissing:
+            return None
+        except ValueError as error:
+            raise CorruptObject(f"The manifest of {self.url}/{prefix} cannot be read: {error}", path=prefix) from error
+
+    def fetch(self, prefix: str, directory: Path) -> Manifest:
+        """Copy a published directory to `directory`, checking every file against the manifest."""
+        manifest = self.manifest(prefix)
+        if manifest is None:
+            raise ObjectMissing(f"There is nothing complete at {self.url}/{prefix}.", url=self.url, path=prefix)
+        for name, entry in manifest.files.items():
+            target = (directory / name).resolve()
+            if not target.is_relative_to(directory.resolve()):
+                raise CorruptObject(f"The manifest of {prefix} names {name!r}, outside its directory.", path=prefix)
+            self._download(f"{prefix}/{name}", target, entry.sha256)
+        return manifest
+
+    def probe(self) -> None:
+        """Write, read back and remove a small object; raises StoreError when any of it fails."""
+        path, data = f"probes/{uuid.uuid4().hex}", uuid.uuid4().bytes
+        self.write(path, data)
+        if self.read(path) != data:
+            raise StoreError(f"The store {self.url} gave back other bytes than were written.", url=self.url)
+        self.delete(path)
+
+    # details
+
+    def _upload(self, local: Path, path: str) -> None:
+        target = self.full(path)
+        with self._explained(path):
+            if self.local:
+                _copy_local(local, Path(target))
+            else:
+                self.fs.put_file(str(local), target)
+
+    def _download(self, path: str, local: Path, sha256: str) -> None:
+        local.parent.mkdir(parents=True, exist_ok=True)
+        partial = local.with_name(f".tmp-{uuid.uuid4().hex}")
+        try:
+            with self._explained(path):
+                self.fs.get_file(self.full(path), str(partial))
+            if (found := sha256_file(partial)) != sha256:
+                raise CorruptObject(
+                    f"{self.url}/{path} has digest {found[:12]}…, expected {sha256[:12]}…: the bytes were changed.",
+                    hint="Do not use it; restore it from a backup or make it again.",
+                    url=self.url,
+                    path=path,
+                )
+            partial.replace(local)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _explained(self, path: str) -> Iterator[None]:
+        """Turn what fsspec, botocore and the system raise into a StoreError that says what to do."""
+        where = f"{self.url}/{path}" if path else self.url
+        try:
+            yield
+        except StoreError:
+            raise
+        except FileNotFoundError as error:
+            raise ObjectMissing(f"There is nothing at {where}.", url=self.url, path=path) from error
+        except Exception as error:  # botocore and aiohttp have no common base class
+            raise StoreError(
+                f"The store {where} cannot be used: {_first_line(error)}", hint=_hint(error), url=self.url, path=path
+            ) from error
+
+
+def _options(url: str) -> dict[str, Any]:
+    return {"use_listings_cache": False} if url.startswith("s3://") else {}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _hint(error: Exception) -> str:
+    number, text = getattr(error, "errno", None), f"{type(error).__name__} {error}"
+    if number == errno.ENOSPC:
+        return "The disk is full: free some space; what was published before is intact."
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS) and "s3" not in text.lower():
+        return "Give this user write access, or point ADAPTORY_STORE_URL elsewhere."
+    if "credentials" in text.lower() or "AccessKey" in text or "Forbidden" in text or number == errno.EACCES:
+        return "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy."
+    return "Check ADAPTORY_STORE_URL, that the disk or bucket exists, and AWS_ENDPOINT_URL for S3-compatible stores."
+
+
+@contextlib.contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A temporary file beside `target` that takes its place, flushed to disk, if the block succeeds."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".tmp-", dir=target.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_local(target: Path, data: bytes) -> None:
+    with _replacing(target) as partial:
+        partial.write_bytes(data)
+
+
+def _copy_local(source: Path, target: Path) -> None:
+    with _replacing(target) as partial:
+        shutil.copyfile(source, partial)

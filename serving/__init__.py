@@ -1,0 +1,1 @@
+"""The Ray Serve application. Empty in this version: it holds the name and the border."""
