@@ -83,6 +83,13 @@ class ModelError(AdaptoryError):
     exit_code = 2
 
 
+class PackageError(AdaptoryError):
+    """A PyPI package (of a model or of data) that cannot be fetched or read. Context: `package`."""
+
+    code = "package_unavailable"
+    exit_code = 2
+
+
 class AdapterError(AdaptoryError):
     """An adapter that is missing, damaged, empty or does not fit its base. Context: `adapter`, `check`."""
 
