@@ -102,6 +102,12 @@ class StoreError(AdaptoryError):
     code = "store_unavailable"
 
 
+class DatabaseError(AdaptoryError):
+    """The control plane's database cannot be opened, read or written. Context: `url`."""
+
+    code = "database_unavailable"
+
+
 class ObjectMissing(StoreError):
     """Nothing is at this path of the store."""
 
@@ -146,6 +152,12 @@ class IllegalTransition(RunError):
     """A run cannot go from its present state to the one asked for."""
 
     code = "illegal_transition"
+
+
+class JobFailed(RunError):
+    """A run's Ray job ended without a result of its own. Context: `run`, `ray_status`, `log`."""
+
+    code = "job_failed"
 
 
 class TrainingError(AdaptoryError):
