@@ -1,0 +1,203 @@
+"""The fused decoder is the Hugging Face model, and packing changes nothing: logits, losses and gradients in fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from orchestrator.errors import ModelError
+from orchestrator.modeling.attention import Documents
+from orchestrator.modeling.decoder import adapter_parameters, adapter_tensors, add_adapter
+from orchestrator.modeling.loading import full_tensors, load_model, train_everything
+from orchestrator.modeling.lora import LoraShape, Segment
+from orchestrator.modeling.plain import PlainDecoder
+
+ARCHITECTURES = ["llama", "llama-untied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"]
+LENGTHS = [7, 23, 40, 23, 1, 12]
+
+
+def packed(seed=0, lengths=LENGTHS, vocab=250):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, vocab, (sum(lengths),), generator=generator)
+
+
+def randomised(model, slot="a", seed=1, **shape):
+    """An adapter whose B is not zero, so that every path carries a gradient."""
+    add_adapter(model, slot, LoraShape(**{"rank": 4, "alpha": 8.0} | shape), seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in adapter_parameters(model, slot).items():
+        parameter.requires_grad_(True)
+        if name.endswith("lora_b"):
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    return model
+
+
+def loss_of(model, ids, lengths, kernel="matmul", slot="a"):
+    at = torch.arange(len(ids) - 1)
+    ends = torch.tensor(lengths).cumsum(0) - 1
+    at = at[~torch.isin(at, ends)]
+    weights = torch.full((len(at),), 1 / len(at))
+    segments = [Segment(slot, 0, len(ids))]
+    return model.loss(ids, Documents(lengths, kernel=kernel), ids[at + 1], at, weights, segments)
+
+
+@pytest.mark.parametrize("kernel", ["matmul", "sdpa"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_logits_are_those_of_transformers_alone(tiny_model, architecture, kernel):
+    directory = tiny_model(architecture)
+    ours = load_model(directory, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    ids = packed()
+    documents = Documents(LENGTHS, kernel=kernel)
+    assert not isinstance(ours, PlainDecoder)
+    with torch.no_grad():
+        logits = ours.head(ours(ids, documents.positions, documents))
+        for document, mine in zip(ids.split(LENGTHS), logits.split(LENGTHS), strict=True):
+            torch.testing.assert_close(mine, theirs(document[None]).logits[0], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["matmul", "sdpa"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_gradients_are_those_of_each_document_alone(tiny_model, architecture, kernel):
+    model = randomised(load_model(tiny_model(architecture), dtype=torch.float32))
+    ids = packed()
+    loss, _ = loss_of(model, ids, LENGTHS, kernel)
+    loss.backward()
+    together = {n: p.grad.clone() for n, p in adapter_parameters(model, "a").items()}
+    labelled = sum(n - 1 for n in LENGTHS)
+    model.zero_grad()
+    total = 0.0
+    for document in ids.split(LENGTHS):
+        if len(document) > 1:
+            alone, _ = loss_of(model, document, [len(document)], kernel)
+            alone = alone * (len(document) - 1) / labelled
+            alone.backward()
+            total += alone.item()
+    assert loss.item() == pytest.approx(total, abs=1e-5)
+    for name, parameter in adapter_parameters(model, "a").items():
+        torch.testing.assert_close(parameter.grad, together[name], atol=1e-6, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen3"])
+def test_gradients_are_those_of_autograd_over_transformers(tiny_model, architecture):
+    """Full tuning: every weight's gradient, by its Hugging Face name."""
+    directory = tiny_model(architecture)
+    ours = load_model(directory, dtype=torch.float32)
+    train_everything(ours)
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    ids = packed(lengths=[30])
+    loss, _ = loss_of(ours, ids, [30], slot=None)
+    loss.backward()
+    reference = theirs(ids[None], labels=ids[None]).loss
+    reference.backward()
+    assert loss.item() == pytest.approx(reference.item(), abs=1e-5)
+    gradients = full_tensors(ours, {n: p.grad for n, p in ours.named_parameters()})
+    expected = {n: p.grad for n, p in theirs.named_parameters()}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=2e-6, rtol=1e-3, msg=name)
+
+
+def test_long_documents_recompute_the_same_gradients(tiny_model):
+    """600 tokens: several blocks of queries, weights not kept."""
+    model = randomised(load_model(tiny_model("llama"), dtype=torch.float32))
+    ids = packed(lengths=[600])
+    gradients = {}
+    for kernel in ("matmul", "sdpa"):
+        model.zero_grad()
+        loss_of(model, ids, [600], kernel)[0].backward()
+        gradients[kernel] = {n: p.grad.clone() for n, p in adapter_parameters(model, "a").items()}
+    for name, gradient in gradients["matmul"].items():
+        torch.testing.assert_close(gradient, gradients["sdpa"][name], atol=1e-6, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_adapters_in_one_batch_are_each_alone(tiny_model, architecture):
+    """Mixed ranks and scalings, and tokens of the base between them: losses and gradients."""
+    model = randomised(load_model(tiny_model(architecture), dtype=torch.float32), "a", 1)
+    randomised(model, "b", 2, rank=2, alpha=3.0, rslora=True, targets=frozenset({"q_proj", "down_proj"}))
+    ids = packed(lengths=[20, 30, 25])
+    documents = Documents([20, 30, 25])
+    segments = [Segment("a", 0, 20), Segment(None, 20, 50), Segment("b", 50, 75)]
+    hidden = model(ids, documents.positions, documents, segments)
+    (hidden[:20].sum() + hidden[50:].square().sum()).backward()
+    mixed = {s: {n: p.grad.clone() for n, p in adapter_parameters(model, s).items()} for s in "ab"}
+    for slot, rows in (("a", slice(0, 20)), (None, slice(20, 50)), ("b", slice(50, 75))):
+        model.zero_grad()
+        own = ids[rows]
+        alone = Documents([len(own)])
+        out = model(own, alone.positions, alone, [Segment(slot, 0, len(own))])
+        torch.testing.assert_close(out, hidden[rows], atol=1e-5, rtol=1e-5)
+        if slot:
+            (out.sum() if slot == "a" else out.square().sum()).backward()
+            for name, parameter in adapter_parameters(model, slot).items():
+                torch.testing.assert_close(parameter.grad, mixed[slot][name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_model):
+    model = randomised(load_model(tiny_model("llama"), dtype=torch.float32))
+    ids = packed()
+    loss_of(model, ids, LENGTHS)[0].backward()
+    plain = {n: p.grad.clone() for n, p in adapter_parameters(model, "a").items()}
+    model.zero_grad()
+    model.gradient_checkpointing = True
+    loss_of(model, ids, LENGTHS)[0].backward()
+    for name, parameter in adapter_parameters(model, "a").items():
+        torch.testing.assert_close(parameter.grad, plain[name], atol=0, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_the_plain_path_is_the_fused_one(tiny_model, architecture):
+    fused = randomised(load_model(tiny_model(architecture), dtype=torch.float32))
+    plain = randomised(load_model(tiny_model(architecture), dtype=torch.float32, plain=True))
+    assert isinstance(plain, PlainDecoder)
+    tensors = adapter_tensors(fused, "a")
+    assert tensors.keys() == adapter_tensors(plain, "a").keys()
+    for name, module in plain.named_modules():
+        if getattr(module, "slots", None):
+            projection = module.projections[0].name
+            a, b = module.parameters_of("a")
+            a.data = tensors[f"base_model.model.{projection}.lora_A.weight"].clone()
+            b.data = tensors[f"base_model.model.{projection}.lora_B.weight"].clone()
+    ids = packed(lengths=[25])
+    one, two = loss_of(fused, ids, [25])[0], loss_of(plain, ids, [25])[0]
+    one.backward()
+    two.backward()
+    assert one.item() == pytest.approx(two.item(), abs=1e-5)
+    gradients = adapter_tensors(fused, "a", {n: p.grad for n, p in adapter_parameters(fused, "a").items()})
+    expected = adapter_tensors(plain, "a", {n: p.grad for n, p in adapter_parameters(plain, "a").items()})
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-3, msg=name)
+
+
+def test_dropout_is_inverted_and_seeded(tiny_model):
+    model = randomised(load_model(tiny_model("llama"), dtype=torch.float32), dropout=0.5)
+    ids, runs = packed(), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(loss_of(model, ids, LENGTHS)[0].item())
+    model.eval()
+    assert runs[0] == runs[1] != runs[2]
+    assert loss_of(model, ids, LENGTHS)[0].item() not in runs
+
+
+def test_bfloat16_stays_near_fp32(tiny_model):
+    exact = randomised(load_model(tiny_model("llama"), dtype=torch.float32))
+    rough = randomised(load_model(tiny_model("llama"), dtype=torch.bfloat16))
+    for name, parameter in adapter_parameters(rough, "a").items():
+        parameter.data = adapter_parameters(exact, "a")[name].data.bfloat16()
+    ids = packed()
+    assert loss_of(rough, ids, LENGTHS)[0].item() == pytest.approx(loss_of(exact, ids, LENGTHS)[0].item(), rel=0.01)
+
+
+def test_a_target_that_matches_nothing_lists_what_does(tiny_model):
+    model = load_model(tiny_model("llama"), dtype=torch.float32)
+    with pytest.raises(ModelError, match=r"'query'.*q_proj"):
+        add_adapter(model, "a", LoraShape(4, 8.0, targets=frozenset({"query"})), 0)
+
+
+def test_a_rank_above_the_width_is_refused(tiny_model):
+    model = load_model(tiny_model("llama"), dtype=torch.float32)
+    with pytest.raises(ModelError, match="above the width"):
+        add_adapter(model, "a", LoraShape(4096, 8.0), 0)
