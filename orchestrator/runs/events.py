@@ -6,7 +6,7 @@ never changed once written, and an event's id is its attempt, writer and sequenc
 
 from __future__ import annotations
 
-import logging
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -14,10 +14,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from orchestrator.errors import StoreError
-from orchestrator.store import Store, segment_path, segments_path
-
-log = logging.getLogger(__name__)
+from orchestrator.runs.segments import SegmentWriter, list_segments, read_segment
+from orchestrator.store import Store
 
 EventType = Literal["message", "metrics", "phase", "progress", "state"]
 
@@ -42,10 +40,7 @@ class Event(BaseModel):
 
 
 class EventWriter:
-    """Buffers events and writes them to the store from a thread of its own.
-
-    A store that is away for a while delays segments and loses none: they are kept and written when it is back. A
-    monitoring failure never stops the run.
+    """Writes events to the store, buffered as `SegmentWriter` says.
 
     Args:
         writer: distinguishes writers of one attempt, e.g. `driver`, `rank0`.
@@ -53,15 +48,11 @@ class EventWriter:
     """
 
     def __init__(self, store: Store, run: str, attempt: int, writer: str, *, interval: float = 1.0):
-        self._store, self._run, self._attempt, self._writer = store, run, attempt, writer
-        self._interval = interval
-        existing = [p for p in store.list(segments_path(run, "events")) if f"/a{attempt}-{writer}-" in p]
-        self._segment = len(existing)
-        self._sequence = self._segment * 1_000_000
-        self._buffer: list[Event] = []
-        self._lock, self._closing = threading.Lock(), threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="adaptory-events", daemon=True)
-        self._thread.start()
+        self._segments = SegmentWriter(store, run, "events", attempt, writer, interval=interval)
+        self._prefix = f"a{attempt}-{writer}"
+        # A restarted writer's events must not take the ids of those before: leave room for a million in each segment.
+        self._sequence = itertools.count(self._segments.number * 1_000_000)
+        self._lock = threading.Lock()
 
     def emit(
         self,
@@ -71,47 +62,26 @@ class EventWriter:
         level: Literal["info", "warn", "error"] = "info",
         **data: Any,
     ) -> None:
-        with self._lock:
-            event_id = f"a{self._attempt}-{self._writer}-{self._sequence}"
-            self._sequence += 1
-            self._buffer.append(
-                Event(id=event_id, created_at=time.time(), type=type, level=level, message=message, data=data)
-            )
+        with self._lock:  # so that ids and lines have one order
+            event_id = f"{self._prefix}-{next(self._sequence)}"
+            event = Event(id=event_id, created_at=time.time(), type=type, level=level, message=message, data=data)
+            self._segments.append(event.model_dump_json())
 
     def flush(self) -> None:
-        """Write what is buffered as one segment; on a store failure keep it for the next time."""
-        with self._lock:
-            pending, self._buffer = self._buffer, []
-        if not pending:
-            return
-        lines = "".join(event.model_dump_json() + "\n" for event in pending)
-        try:
-            self._store.write(
-                segment_path(self._run, "events", self._attempt, self._writer, self._segment), lines.encode()
-            )
-            self._segment += 1
-        except StoreError as error:
-            log.warning("events are kept back: %s", error)
-            with self._lock:
-                self._buffer = pending + self._buffer
+        """Write what is buffered now; on a store failure it is kept for the next time."""
+        self._segments.flush()
 
     def close(self) -> None:
         """Write the rest and stop the thread."""
-        self._closing.set()
-        self._thread.join(timeout=30)
-        self.flush()
-
-    def _loop(self) -> None:
-        while not self._closing.wait(self._interval):
-            self.flush()
+        self._segments.close()
 
 
-def read_events(store: Store, run: str, *, seen: set[str] | None = None) -> Iterator[Event]:
-    """Events of a run in segment order; segments named in `seen` are skipped, and those read are added to it."""
-    for path in store.list(segments_path(run, "events")):
-        if seen is not None and path in seen:
-            continue
-        for line in store.read(path).splitlines():
-            yield Event.model_validate_json(line)
-        if seen is not None:
-            seen.add(path)
+def read_events(store: Store, run: str, *, attempt: int | None = None, seen: set[str] | None = None) -> Iterator[Event]:
+    """Events of a run, each writer's in order; segments named in `seen` are skipped, and those read are added to it."""
+    for paths in list_segments(store, run, "events", attempt=attempt).values():
+        for path in paths:
+            if seen is not None and path in seen:
+                continue
+            yield from read_segment(store, path, Event)
+            if seen is not None:
+                seen.add(path)
