@@ -7,6 +7,7 @@ without its manifest does not exist for readers, and a reader checks every byte 
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import errno
 import hashlib
@@ -181,7 +182,7 @@ class Store:
         names = (name[len(self.root) + 1 :] for name in found)
         return sorted(name for name in names if not Path(name).name.startswith(".tmp-"))
 
-    def children(self, prefix: str) -> list[str]:
+    def children(self, prefix: str) -> builtins.list[str]:
         """Names directly below `prefix`, sorted; empty when there is none."""
         with self._explained(prefix):
             self.fs.invalidate_cache()
