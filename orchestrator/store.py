@@ -203,6 +203,19 @@ class Store:
                 self.fs.rm_file(f"{target}/{MANIFEST}")
             self.fs.rm(target, recursive=True)
 
+    # objects that others wrote, without a manifest
+
+    def download(self, path: str, local: Path) -> None:
+        """Copy one object to `local`, which appears when it is complete; there is no digest to check it against."""
+        self._download(path, local, None)
+
+    def identity(self, path: str) -> str:
+        """Changes when the object changes: its size with its ETag, or with its time of change."""
+        with self._explained(path):
+            self.fs.invalidate_cache()
+            facts = self.fs.info(self.full(path))
+        return f"{facts['size']}-{facts.get('ETag') or facts.get('mtime')}"
+
     # content-addressed files
 
     def put_file(self, local: Path) -> str:
@@ -273,13 +286,13 @@ class Store:
             else:
                 self.fs.put_file(str(local), target)
 
-    def _download(self, path: str, local: Path, sha256: str) -> None:
+    def _download(self, path: str, local: Path, sha256: str | None) -> None:
         local.parent.mkdir(parents=True, exist_ok=True)
         partial = local.with_name(f".tmp-{uuid.uuid4().hex}")
         try:
             with self._explained(path):
                 self.fs.get_file(self.full(path), str(partial))
-            if (found := sha256_file(partial)) != sha256:
+            if sha256 is not None and (found := sha256_file(partial)) != sha256:
                 raise CorruptObject(
                     f"{self.url}/{path} has digest {found[:12]}…, expected {sha256[:12]}…: the bytes were changed.",
                     hint="Do not use it; restore it from a backup or make it again.",
