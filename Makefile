@@ -1,0 +1,76 @@
+# Every goal sets up what it needs and skips what is there already: `make demo` on a fresh clone, `make test` before a commit.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(firstword $(shell for name in python3 python3.11 python3.12 python3.13; do \
+	"$$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo "$$name"; done))
+# --no-compile halves the time: only what is imported is compiled, when it is imported first.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
+RECORD := $(BIN)/python -c 'import json, pathlib, sys, time; p = pathlib.Path("build/install.json"); \
+	p.parent.mkdir(exist_ok=True); \
+	d = json.loads(p.read_text()) if p.exists() else {}; \
+	d[sys.argv[1]] = round(time.time() - float(sys.argv[2]), 1); p.write_text(json.dumps(d) + "\n")'
+
+.PHONY: help demo test bench lint format clean
+
+help: ## list the goals
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.adaptory ## fine-tune a real model on real data, before and after (about ten minutes, no GPU)
+	$(BIN)/python jobs/examples/demo.py
+
+test: lint ## lint, types, import borders and every test
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.adaptory-dev ## list the benchmarks; NAME=… runs one
+ifdef NAME
+	$(BIN)/python tests/bench/$(NAME).py $(ARGS)
+else
+	@$(BIN)/python -c 'import ast, pathlib; [print("make bench NAME=" + p.stem, " ", \
+		ast.get_docstring(ast.parse(p.read_text())).splitlines()[0]) for p in sorted(pathlib.Path("tests/bench").glob("*.py"))]'
+endif
+
+lint: $(VENV)/.adaptory-dev ## style, types and import borders, without the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(VENV)/.adaptory-dev ## put the code into the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what was built (not .venv)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find orchestrator jobs cluster serving tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Debian keeps venv in a package of its own.
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Adaptory needs Python 3.11, 3.12 or 3.13; install one, or say make PYTHON=/path/to/python." >&2; exit 1; }
+	@mkdir -p build && date +%s.%N > build/.started
+	@$(PYTHON) -m venv $(VENV) 2>build/venv.log || { rm -rf $(VENV); \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "Installing python3-venv with apt-get."; apt-get install -y -qq python3-venv >/dev/null; $(PYTHON) -m venv $(VENV); \
+	  else cat build/venv.log >&2; echo "Install Python's venv (Debian and Ubuntu: apt-get install python3-venv)." >&2; exit 1; fi; }
+
+# What a person needs to fine-tune: no DeepSpeed (several workers) and no development tools.
+$(VENV)/.adaptory: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing Adaptory into $(VENV) (one to two minutes)."
+	@started=$$(cat build/.started 2>/dev/null || date +%s.%N); rm -f build/.started; \
+	$(PIP_INSTALL) --editable .; \
+	$(RECORD) install "$$started"
+	@touch $@
+
+# DeepSpeed's own setup imports torch, so it is built here, after torch; its C++ parts are compiled on first use.
+$(VENV)/.adaptory-dev: $(VENV)/.adaptory
+	@echo "Installing DeepSpeed and the development tools."
+	@started=$$(date +%s.%N); \
+	$(PIP_INSTALL) setuptools wheel ninja py-cpuinfo; \
+	DS_BUILD_OPS=0 $(PIP_INSTALL) --no-build-isolation deepspeed; \
+	$(PIP_INSTALL) --editable '.[dev]'; \
+	$(RECORD) install_dev "$$started"
+	@touch $@
