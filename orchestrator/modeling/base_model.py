@@ -27,6 +27,7 @@ from orchestrator.modeling.model_files import (
     check_directory,
     has_chat_template,
     read_config,
+    refuse_pickles,
     require_chat_template,
     weight_files,
 )
@@ -157,7 +158,7 @@ def publish_base(store: Store, base: BaseModel) -> str:
 def _source(reference: str, target: str) -> Source:
     for prefix in ("store", "s3", "pypi"):
         if target.startswith(f"{prefix}:"):
-            return prefix  # type: ignore[return-value]
+            return prefix
     path = Path(target).expanduser()
     if target.lower().endswith(".gguf"):
         return "gguf"
@@ -270,7 +271,7 @@ def _filled_once(target: Path, fill: Callable[[Path], None]) -> Path:
 
 def _from_hub(target: str, reference: str, say: Callable[[str], None]) -> Path:
     """Hugging Face's own cache: a copy that is there is used without a network."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -285,9 +286,12 @@ def _from_hub(target: str, reference: str, say: Callable[[str], None]) -> Path:
     if _cached_snapshot(target) is None:
         say(f"downloading {target} from Hugging Face")
     try:
-        return Path(
+        path = Path(
             snapshot_download(name, revision=revision or None, allow_patterns=list(WANTED), ignore_patterns=["*/*"])
         )
+        if not any(path.glob("*.safetensors")):
+            refuse_pickles(list_repo_files(name, revision=revision or None), reference)
+        return path
     except GatedRepoError as error:
         raise ModelError(
             f"{name} on Hugging Face is gated.",

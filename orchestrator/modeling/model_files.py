@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,16 @@ def weight_files(path: Path, reference: str) -> list[Path]:
 
 
 def _refuse_without_weights(path: Path, reference: str) -> None:
-    pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
+    refuse_pickles((file.name for file in path.iterdir()), reference)
+    raise ModelError(f"{path} holds no weights (*.safetensors).", hint="Finish the download or copy.", model=reference)
+
+
+def refuse_pickles(names: Iterable[str], reference: str) -> None:
+    """
+    Raises:
+        ModelError: among these file names, of a model without safetensors, are pickled weights.
+    """
+    pickles = sorted(name for name in names if Path(name).suffix in _PICKLES)
     if pickles:
         raise ModelError(
             f"{reference} ships its weights only as pickles ({', '.join(pickles[:3])}), which can run code when loaded.",
@@ -121,7 +130,6 @@ def _refuse_without_weights(path: Path, reference: str) -> None:
             "AutoModelForCausalLM.from_pretrained(…).save_pretrained(…).",
             model=reference,
         )
-    raise ModelError(f"{path} holds no weights (*.safetensors).", hint="Finish the download or copy.", model=reference)
 
 
 def tensor_shapes(file: Path, reference: str) -> dict[str, tuple[int, ...]]:
@@ -210,7 +218,7 @@ def sha256_of(file: Path, cache: Path) -> str:
         note.parent.mkdir(parents=True, exist_ok=True)
         partial = note.with_name(f".tmp-{uuid.uuid4().hex}")
         partial.write_text(digest)
-        os.replace(partial, note)
+        partial.replace(note)
     except OSError:
         pass  # a cache that cannot be written only costs the time again
     return digest
