@@ -68,6 +68,13 @@ class RayJobClient:
         answer = self.dashboard.get(f"/api/jobs/{submission_id}/logs")
         return "" if answer.status_code == 404 else _json(answer, self.dashboard.address).get("logs") or ""
 
+    def active(self) -> list[str]:
+        """Submission ids of the jobs that are waiting or running, ours and others'."""
+        jobs = self.dashboard.get("/api/jobs/").json()
+        return sorted(
+            job["submission_id"] for job in jobs if job.get("submission_id") and not JobStatus(job["status"]).final
+        )
+
     def delete(self, submission_id: str) -> None:
         """Forget a job that has ended, with its record; no error when it is unknown."""
         self.dashboard.delete(f"/api/jobs/{submission_id}")

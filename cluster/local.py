@@ -257,19 +257,24 @@ def _recorded(settings: Settings) -> LocalCluster | None:
 
 
 def _temp_dir(home: Path) -> Path:
-    """Ray's session directory: in the home where Unix sockets' short paths allow it, else below /tmp."""
-    inside = home / "ray"
-    if len(str(inside)) + _SESSION_PATH_LENGTH <= _SOCKET_PATH_LIMIT:
-        inside.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return inside
-    outside = Path("/tmp") / f"adaptory-{os.getuid()}-{hashlib.sha256(str(home).encode()).hexdigest()[:8]}"
-    outside.mkdir(exist_ok=True, mode=0o700)
-    if outside.is_symlink() or outside.stat().st_uid != os.getuid():
+    """Ray's session directory: in the home where Unix sockets' short paths allow it, else below /tmp.
+
+    One level deeper than what is private to this user, since Ray opens its own directory to everybody (mode 777) and the
+    object store's socket has no token.
+    """
+    private = home / "ray"
+    if len(str(private / "s")) + _SESSION_PATH_LENGTH > _SOCKET_PATH_LIMIT:
+        private = Path("/tmp") / f"adaptory-{os.getuid()}-{hashlib.sha256(str(home).encode()).hexdigest()[:8]}"
+    private.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if private.is_symlink() or private.stat().st_uid != os.getuid():
         raise ClusterError(
-            f"{outside} belongs to somebody else, so Ray's files are not put there.",
-            hint=f"Use a shorter ADAPTORY_HOME (at most {_SOCKET_PATH_LIMIT - _SESSION_PATH_LENGTH - 4} characters).",
+            f"{private} belongs to somebody else, so Ray's files are not put there.",
+            hint=f"Use a shorter ADAPTORY_HOME (at most {_SOCKET_PATH_LIMIT - _SESSION_PATH_LENGTH - len('/ray/s')} characters).",
         )
-    return outside
+    private.chmod(0o700)
+    temp_dir = private / "s"
+    temp_dir.mkdir(exist_ok=True)
+    return temp_dir
 
 
 def _forget_old_sessions(temp_dir: Path) -> None:

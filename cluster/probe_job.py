@@ -32,10 +32,11 @@ def answer_here(node: str, store_url: str, path: str) -> str:
 def ask_all(store_url: str, path: str) -> ProbeAnswer:
     """One task pinned to each alive node; it reserves nothing, so a busy cluster answers too."""
     names = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    task = ray.remote(answer_here).options(num_cpus=0, max_retries=0)
+    task = ray.remote(answer_here)
     pending = {}
     for node_id, name in names.items():
-        pinned = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False))
+        here = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        pinned = task.options(num_cpus=0, max_retries=0, scheduling_strategy=here)
         pending[pinned.remote(name, store_url, path)] = name
     done, late = ray.wait(list(pending), num_returns=len(pending), timeout=_NODE_SECONDS)
     answers, silent = [], {pending[ref]: f"nothing within {_NODE_SECONDS:.0f} s" for ref in late}
