@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
-from sqlalchemy import Insert, Select, delete, insert, select, update
+from sqlalchemy import Select, delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
@@ -91,7 +91,8 @@ def save_resolved(db: Database, run: Run, resolved: dict[str, Any], job_env: dic
 def remove_run(db: Database, run: Run) -> None:
     """Forget a run that was never prepared, so that its name is free; a run that got further stays."""
     with db.write() as session:
-        session.execute(delete(RunRow).where(RunRow.id == run.id, RunRow.resolved.is_(None)))
+        unprepared = (RunRow.state == RunState.VALIDATING_FILES, RunRow.resolved.is_(None))
+        session.execute(delete(RunRow).where(RunRow.id == run.id, *unprepared))
 
 
 def get_run(db: Database, reference: str, *, tenant: str | None = None) -> Run:
@@ -134,7 +135,7 @@ def transition(
     message: str | None = None,
     level: Literal["info", "warn", "error"] = "info",
     end_attempt: bool = False,
-    adapter: AdapterRecord | None = None,
+    record: AdapterRecord | None = None,
     **changes: Any,
 ) -> Run:
     """Bring a run from the state in which `run` was read to another, by compare-and-swap on state and attempt.
@@ -142,7 +143,7 @@ def transition(
     Args:
         message: when given, an event says it.
         end_attempt: also note that the attempt's job is over.
-        adapter: also record what the run published; one that is recorded already is left as it is.
+        record: also keep what the run published; one that is known already is left as it is.
         **changes: further columns.
 
     Raises:
@@ -157,8 +158,8 @@ def transition(
         session.execute(
             _this_attempt(run).values(state=to, **({"ended_at": time.time()} if end_attempt else {})),
         )
-        if adapter is not None:
-            session.execute(_or_ignore(session, AdapterRow).values(**adapter.model_dump()))
+        if record is not None:
+            session.execute(_or_ignore(session, AdapterRow).values(**record.model_dump()))
         if message is not None:
             _note(session, moved, message, level)
         return moved
@@ -240,6 +241,16 @@ def list_events(db: Database, run_id: str, *, after: str | None = None, limit: i
         ]
 
 
+def began_at(db: Database, run: Run) -> float | None:
+    """When the present attempt's job said that it is running; None when it has not."""
+    query = select(EventRow).where(
+        EventRow.run_id == run.id, EventRow.type == "state", EventRow.event_id.startswith(f"a{run.attempt}-")
+    )
+    with db.read() as session:
+        said = [row.created_at for row in session.scalars(query) if row.data.get("state") == RunState.RUNNING.value]
+    return min(said, default=None)
+
+
 def ingested_segments(db: Database, run_id: str) -> set[str]:
     with db.read() as session:
         return set(session.scalars(select(SegmentRow.path).where(SegmentRow.run_id == run_id)))
@@ -304,11 +315,10 @@ def _add_event(session: Session, run_id: str, event: Event) -> None:
     session.execute(_or_ignore(session, EventRow).values(run_id=run_id, event_id=event.id, **values))
 
 
-def _or_ignore(session: Session, table: type[Base]) -> Insert:
+def _or_ignore(session: Session, table: type[Base]) -> postgresql.Insert | sqlite.Insert:
     """An insert that leaves a row which is already there as it is."""
-    dialect = session.get_bind().dialect.name
-    kind = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}.get(dialect)
-    return kind(table).on_conflict_do_nothing() if kind else insert(table)
+    kind = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
+    return kind(table).on_conflict_do_nothing()
 
 
 def _illegal(run: Run, to: RunState, *, gone: bool = False) -> IllegalTransition:
@@ -334,11 +344,13 @@ def _name_taken(db: Database, spec: JobSpec) -> RunExists:
         names = set(session.scalars(_of_tenant(select(RunRow.name), spec.tenant)))
         row = session.scalar(select(RunRow).where(RunRow.tenant == spec.tenant, RunRow.name == spec.name))
     state = row.state.value if row else "gone again"
+    resumable = row is not None and row.state in (RunState.PAUSED, RunState.FAILED, RunState.CANCELLED)
+    resume = f", or continue it: `adaptory runs resume {spec.name}`" if resumable else ""
     ends = (f"-{n}" for n in range(2, len(names) + 3))
     free = next(name for end in ends if (name := spec.name[: _NAME_LENGTH - len(end)].rstrip("-") + end) not in names)
     return RunExists(
         f"Tenant {spec.tenant} already has a run {spec.name!r}; it is {state}.",
-        hint=f"Choose another name, such as `--name {free}`.",
+        hint=f"Choose another name, such as `--name {free}`{resume}.",
         run=row.id if row else None,
         state=state,
         suggestion=free,

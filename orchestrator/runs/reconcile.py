@@ -1,0 +1,250 @@
+"""Reconciliation: what the store and Ray say about a run becomes what the database says.
+
+One pass goes over the attempts whose Ray job may still be alive. It only ever takes a fact from the store or from Ray and
+records it in one transaction, or repeats a step that may be repeated: so it may be killed at any line and run twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pydantic import ValidationError
+
+from orchestrator.db import Database, leases
+from orchestrator.errors import (
+    AdaptoryError,
+    ClusterError,
+    CorruptObject,
+    IllegalTransition,
+    JobFailed,
+    ObjectMissing,
+    RunNotFound,
+)
+from orchestrator.runs import repository
+from orchestrator.runs.client import JobClient, JobStatus
+from orchestrator.runs.events import Event
+from orchestrator.runs.launch import launch, request, store_of
+from orchestrator.runs.repository import transition
+from orchestrator.runs.result import RunResult
+from orchestrator.runs.run import AdapterRecord, Attempt, Run
+from orchestrator.runs.segments import list_segments, read_segment
+from orchestrator.runs.states import RunState
+from orchestrator.store import Store, adapter_path, result_path
+
+LOG_TAIL_LINES = 30
+
+
+@dataclass
+class ReconcileReport:
+    changed: dict[str, RunState] = field(default_factory=dict)
+    """Run id → its new state."""
+    warnings: list[str] = field(default_factory=list)
+    """What could not be seen, in sentences: a cluster or store that is away."""
+    skipped: bool = False
+    """Another process is reconciling now; what it finds is in the database when it is done."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What Ray says of an attempt."""
+
+    status: JobStatus | None
+    """None: it does not know it."""
+    message: str = ""
+
+    @property
+    def over(self) -> bool:
+        return self.status is None or self.status.final
+
+
+def reconcile(
+    db: Database,
+    store: Store,
+    jobs: JobClient | None,
+    *,
+    ray_address: str | None,
+    run_id: str | None = None,
+    wait: float = 0.0,
+) -> ReconcileReport:
+    """One pass over all runs, or over one.
+
+    Args:
+        jobs: the cluster; None when none is up: then only the store is asked, and nothing is concluded from silence.
+        ray_address: which cluster `jobs` is (`settings.ray_address`); runs that were sent elsewhere are not looked for there.
+        wait: seconds to wait for another process that reconciles.
+    """
+    report, clusters = ReconcileReport(), {ray_address: jobs}
+    with leases.holding(db, "reconcile", wait=wait) as got:
+        report.skipped = not got
+        for attempt in repository.open_attempts(db, run_id=run_id) if got else ():
+            try:
+                run = repository.get_run(db, attempt.run_id)
+                job = _ask(clusters, run, attempt, report)
+                _reconcile(db, store_of(run, store), clusters.get(run.ray_address), run, attempt, job)
+                after = repository.get_run(db, attempt.run_id).state
+                if after is not run.state:
+                    report.changed[run.id] = after
+            except (IllegalTransition, RunNotFound):
+                pass  # a person moved or removed the run meanwhile: the next pass sees it as it is now
+            except AdaptoryError as error:
+                report.warnings.append(f"Run {attempt.run_id}: {error}")
+    return report
+
+
+def _reconcile(
+    db: Database, store: Store, jobs: JobClient | None, run: Run, attempt: Attempt, job: _Job | None
+) -> None:
+    """One attempt, whose job Ray was asked about *before* the store is read: a job that is over has written its result."""
+    if run.resolved is None:
+        return _give_up_unprepared(db, run, attempt)
+    run = _ingest(db, store, run, attempt)
+    result = _read_result(store, attempt)
+    if attempt.number != run.attempt or run.settled:  # decided; what remains is that the job ends
+        if job is not None and job.over:
+            repository.end_attempt(db, attempt)
+        elif attempt.number != run.attempt or run.state is RunState.CANCELLED:
+            stop(store, jobs, attempt)
+    elif isinstance(result, RunResult):
+        _finish(db, store, run, result, end_attempt=job is not None and job.over)
+    elif job is None or jobs is None or not job.over:
+        return  # nothing new, or nobody to ask
+    elif job.status is None and run.state is not RunState.RUNNING:
+        launch(db, store, jobs, run)
+    elif job.status is JobStatus.STOPPED:
+        transition(db, run, RunState.CANCELLED, message="Ray stopped the job.", end_attempt=True)
+    else:
+        error = _without_result(jobs, run, job, result)
+        message = error.message.splitlines()[0]
+        transition(db, run, RunState.FAILED, message=message, level="error", end_attempt=True, error=error.to_dict())
+
+
+def stop(store: Store, jobs: JobClient | None, attempt: Attempt) -> None:
+    """Make an attempt end: it sees the request by itself within a second or so, and Ray kills what does not."""
+    request(store, attempt.run_id, attempt.number, "cancel")
+    if jobs is not None:
+        jobs.stop(attempt.submission_id)
+
+
+# --- details --------------------------------------------------------------------------------------------------------
+
+
+def _ask(
+    clusters: dict[str | None, JobClient | None], run: Run, attempt: Attempt, report: ReconcileReport
+) -> _Job | None:
+    """What Ray says of the attempt; None when it cannot be asked."""
+    if run.ray_address not in clusters and not run.settled:
+        place = f"on {run.ray_address}" if run.ray_address else "on the local Ray"
+        report.warnings.append(f"Run {run.name} is {place}: set ADAPTORY_RAY_ADDRESS accordingly to watch it.")
+    jobs = clusters.get(run.ray_address)
+    if jobs is None or run.resolved is None:
+        return None
+    try:
+        found = jobs.status(attempt.submission_id)
+    except ClusterError as error:
+        report.warnings.append(str(error))
+        clusters[run.ray_address] = None  # one that is away is asked once a pass
+        return None
+    return _Job(*found) if found else _Job(None)
+
+
+def _give_up_unprepared(db: Database, run: Run, attempt: Attempt) -> None:
+    """A run whose data is not in the store yet, if the process that was to bring it is gone."""
+    if run.settled:
+        return repository.end_attempt(db, attempt)
+    if leases.held(db, repository.submission_lease(run.id)):
+        return
+    error = JobFailed(
+        f"Submitting run {run.name} broke off before its data was in the store.",
+        hint="Nothing was started, and the name is free: submit it again.",
+        run=run.id,
+    )
+    transition(db, run, RunState.FAILED, message=error.message, level="error", end_attempt=True, error=error.to_dict())
+
+
+def _ingest(db: Database, store: Store, run: Run, attempt: Attempt) -> Run:
+    """Take over new event segments; the job's first `running` makes the run that."""
+    paths = [p for listed in list_segments(store, run.id, "events", attempt=attempt.number).values() for p in listed]
+    if paths:
+        known = repository.ingested_segments(db, run.id)
+        new = [path for path in paths if path not in known]
+        events = [event for path in new for event in read_segment(store, path, Event)]
+        repository.ingest_events(db, run.id, events, new)
+    if attempt.number == run.attempt and run.state in (RunState.VALIDATING_FILES, RunState.QUEUED):
+        began = repository.began_at(db, run)  # from the database: a kill right after ingesting must not lose it
+        if began is not None:
+            return transition(db, run, RunState.RUNNING, started_at=run.started_at or began)
+    return run
+
+
+def _read_result(store: Store, attempt: Attempt) -> RunResult | CorruptObject | None:
+    """The attempt's own last word; what an older or newer attempt wrote is none."""
+    try:
+        result = RunResult.model_validate(store.read_json(result_path(attempt.run_id)))
+    except ObjectMissing:
+        return None
+    except (CorruptObject, ValidationError) as error:
+        said = str(error).splitlines()[0]
+        return CorruptObject(f"{store.url}/{result_path(attempt.run_id)} cannot be read: {said}")
+    if result.attempt != attempt.number:
+        return None
+    if not (result.state.final or result.state is RunState.PAUSED):
+        return CorruptObject(f"{store.url}/{result_path(attempt.run_id)} says {result.state.value}, which is no end.")
+    return result
+
+
+def _finish(db: Database, store: Store, run: Run, result: RunResult, *, end_attempt: bool) -> None:
+    finished = result.finished_at if result.state.final else None
+    transition(
+        db,
+        run,
+        result.state,
+        message=f"The run is {result.state.value}." if result.error is None else str(result.error.get("message")),
+        level="error" if result.state is RunState.FAILED else "info",
+        end_attempt=end_attempt,
+        record=_adapter_record(store, run, result) if result.state is RunState.SUCCEEDED else None,
+        result=result.model_dump(mode="json"),
+        error=result.error,
+        finished_at=finished,
+        adapter=result.adapter,
+    )
+
+
+def _adapter_record(store: Store, run: Run, result: RunResult) -> AdapterRecord | None:
+    """From the result, and from the metadata with which the adapter was published."""
+    if result.adapter is None:
+        return None
+    manifest = store.manifest(adapter_path(result.adapter))
+    provenance = dict(manifest.metadata) if manifest else {}
+    tuning = run.spec.get("tuning", {})
+    return AdapterRecord(
+        tenant=run.tenant,
+        digest=result.adapter,
+        name=run.name,
+        run_id=run.id,
+        base_digest=provenance.get("base_digest"),
+        rank=tuning.get("rank"),
+        created_at=result.finished_at,
+        metrics=result.metrics | (result.evaluation.after if result.evaluation else {}),
+        provenance=provenance,
+    )
+
+
+def _without_result(jobs: JobClient, run: Run, job: _Job, result: CorruptObject | None) -> JobFailed:
+    """Why a run is failed whose job is over and left no result: in Ray's words, with the end of what it printed."""
+    try:
+        tail = jobs.logs(run.submission_id).splitlines()[-LOG_TAIL_LINES:] if job.status else []
+    except ClusterError:
+        tail = []
+    if job.status is None:
+        said = "Ray does not know its job any more: the cluster was stopped or lost its head"
+    else:
+        said = f"Ray says {job.status.value}: {(job.message.strip() or 'no reason given').splitlines()[0].rstrip('.')}"
+    if result is not None:
+        said = f"{result.message} {said}"
+    return JobFailed(
+        f"Run {run.name} ended without a result. {said}.",
+        hint=f"`adaptory runs logs {run.name}` shows what it printed; `adaptory runs resume {run.name}` continues it.",
+        run=run.id,
+        ray_status=job.status.value if job.status else None,
+        log="\n".join(tail),
+    )
