@@ -122,6 +122,18 @@ def test_events_after_the_result_still_arrive(world, tmp_path):
     assert open_attempts(world.db) == []
 
 
+def test_a_job_that_ends_while_it_is_looked_at(world, tmp_path, monkeypatch):
+    run, ask = world.submit(), world.jobs.status
+
+    def ends_meanwhile(submission_id):
+        world.succeeds(run, tmp_path / "adapter")
+        return ask(submission_id)
+
+    monkeypatch.setattr(world.jobs, "status", ends_meanwhile)
+    world.reconcile()
+    assert world.run().state is RunState.SUCCEEDED, "its result was there before Ray called it over"
+
+
 def test_a_late_writer_of_an_older_attempt_is_ignored(world):
     run = world.submit()
     world.says_running(run)
