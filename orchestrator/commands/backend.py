@@ -1,0 +1,81 @@
+"""What a command works with: settings, database, store and cluster, each opened when it is first needed."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from orchestrator.commands.output import say
+from orchestrator.errors import AdaptoryError
+
+if TYPE_CHECKING:
+    from orchestrator.db import Database
+    from orchestrator.runs.client import JobClient
+    from orchestrator.runs.run import Run
+    from orchestrator.settings import Settings
+    from orchestrator.store import Store
+
+
+class Backend:
+    """The composition root's parts. Commands that only read never start a cluster."""
+
+    @cached_property
+    def settings(self) -> Settings:
+        from orchestrator.settings import load_settings
+
+        return load_settings()
+
+    @cached_property
+    def db(self) -> Database:
+        from orchestrator.db import open_database
+
+        return open_database(self.settings.database)
+
+    @cached_property
+    def store(self) -> Store:
+        from orchestrator.store import Store
+
+        return Store(self.settings.store)
+
+    @cached_property
+    def jobs(self) -> JobClient:
+        """The cluster; a local Ray is started if none runs, and says so."""
+        import cluster
+
+        return cluster.connect(self.settings, say=say)
+
+    @cached_property
+    def jobs_if_running(self) -> JobClient | None:
+        """The cluster if it answers. What a command reads is in the database anyway, so one that does not is a warning."""
+        import cluster
+
+        try:
+            return cluster.connect_if_running(self.settings)
+        except AdaptoryError as error:
+            say(f"Warning: {error}")
+            return None
+
+    def reconcile(self) -> None:
+        """Bring the database up to date with Ray and the store; what cannot be asked now is said and left as it is."""
+        from orchestrator.runs.reconcile import reconcile
+
+        report = reconcile(self.db, self.store, self.jobs_if_running, ray_address=self.settings.ray_address)
+        for warning in report.warnings:
+            say(f"Warning: {warning}")
+
+    def run(self, reference: str) -> Run:
+        """The run with this id or name, after one reconciliation."""
+        from orchestrator.runs.repository import get_run
+
+        self.reconcile()
+        return get_run(self.db, reference)
+
+
+def complete_run(incomplete: str) -> list[str]:
+    """Names of runs for the shell; a shell's Tab never shows an error."""
+    try:
+        from orchestrator.runs.repository import list_runs
+
+        return [run.name for run in list_runs(Backend().db) if run.name.startswith(incomplete)]
+    except Exception:
+        return []

@@ -1,0 +1,228 @@
+"""A run as it happens: a progress bar on a terminal, plain lines elsewhere, and what it came to at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.commands.output import console, duration, fields, number, say, table
+from orchestrator.errors import AdaptoryError, RunError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from orchestrator.runs.events import Event
+    from orchestrator.runs.result import EvaluationResult
+    from orchestrator.runs.run import Run
+
+_STEPS_BETWEEN_LINES = 10
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+@dataclass
+class Progress:
+    """Where a run is, put together from its events."""
+
+    phase: str = "queued"
+    done: float = 0
+    total: float | None = None
+    """Of the phase: optimiser steps while training, else what the phase counts."""
+    step: int = 0
+    total_steps: int | None = None
+    loss: float | None = None
+    validation_loss: float | None = None
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
+
+    def take(self, event: Event) -> None:
+        data = event.data
+        if event.type == "phase":
+            self.phase, self.done, self.total = str(data.get("phase") or event.message), 0, None
+        elif event.type == "progress":
+            self.phase = str(data.get("phase", self.phase))
+            self.done, self.total = data.get("done", self.done), data.get("total", self.total)
+        elif event.type == "metrics":
+            for name in ("step", "total_steps", "loss", "validation_loss", "tokens_per_second", "seconds_left"):
+                if data.get(name) is not None:
+                    setattr(self, name, data[name])
+            if "loss" in data:
+                self.done, self.total = self.step, self.total_steps or self.total
+
+    def figures(self) -> str:
+        """`loss 0.412 · validation 0.388 · 212 tokens/s · 1 min 20 s left`, of what is known."""
+        parts = [
+            f"loss {self.loss:.4f}" if self.loss is not None else "",
+            f"validation {self.validation_loss:.4f}" if self.validation_loss is not None else "",
+            f"{number(round(self.tokens_per_second))} tokens/s" if self.tokens_per_second is not None else "",
+            f"{duration(self.seconds_left)} left" if self.seconds_left is not None else "",
+        ]
+        return " · ".join(part for part in parts if part)
+
+
+def line(event: Event) -> str:
+    """An event in words, without its time."""
+    data = event.data
+    if event.type == "metrics":
+        left = {name: value for name, value in data.items() if name not in ("step", "total_steps", "seconds_left")}
+        of = f"/{data['total_steps']}" if data.get("total_steps") else ""
+        figures = ", ".join(f"{name} {number(value)}" for name, value in left.items() if value is not None)
+        return f"step {data.get('step', '?')}{of}: {figures}"
+    if event.type == "progress":
+        of = f"/{number(data['total'])}" if data.get("total") else ""
+        return f"{data.get('phase', '')} {number(data.get('done', 0))}{of}"
+    if event.type == "phase":
+        return event.message or f"{data.get('phase', '')} begins"
+    return event.message or f"state {data.get('state', '')}"
+
+
+def show_events(events: Iterable[Event | None]) -> None:
+    """Render events until there are no more: a bar with lines above it on a terminal, else plain lines.
+
+    None among them means that nothing is new.
+    """
+    out = console()
+    (_bar if out.is_terminal else _plain)(events, out)
+
+
+def _bar(events: Iterable[Event | None], out: Console) -> None:
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    state = Progress()
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[count]}"),
+        TextColumn("{task.fields[figures]}", style="cyan"),
+        TimeElapsedColumn(),
+    )
+    with Bar(*columns, console=out, transient=True) as bar:
+        task = bar.add_task(state.phase, total=None, count="", figures="")
+        for event in events:
+            if event is None:
+                continue
+            state.take(event)
+            if event.type in ("message", "phase") or event.level != "info":
+                bar.console.print(_stamped(event), style=_STYLES.get(event.level, ""))
+            count = f"{number(state.done)}/{number(state.total)}" if state.total else ""
+            bar.update(
+                task,
+                description=state.phase,
+                completed=state.done,
+                total=state.total,
+                count=count,
+                figures=state.figures(),
+            )
+
+
+def _plain(events: Iterable[Event | None], out: Console) -> None:
+    """Each message and phase, and the figures every ten steps or five seconds, by the job's own clock."""
+    state, said_at = Progress(), 0.0
+    for event in events:
+        if event is None:
+            continue
+        state.take(event)
+        if event.type in ("message", "phase", "state") or event.level != "info":
+            out.print(_stamped(event), style=_STYLES.get(event.level, ""), soft_wrap=True)
+            continue
+        late = event.created_at - said_at >= _SECONDS_BETWEEN_LINES
+        if event.type == "progress":
+            if late or state.done == state.total:
+                out.print(_stamped(event), soft_wrap=True)
+                said_at = event.created_at
+        elif (
+            late
+            or "validation_loss" in event.data
+            or not state.step % _STEPS_BETWEEN_LINES
+            or state.done == state.total
+        ):
+            of = f"/{state.total_steps}" if state.total_steps else ""
+            out.print(f"{_clock(event)} step {state.step}{of} · {state.figures()}", soft_wrap=True)
+            said_at = event.created_at
+
+
+_STYLES = {"warn": "yellow", "error": "red"}
+
+
+def _stamped(event: Event) -> str:
+    mark = {"warn": "warning: ", "error": "error: "}.get(event.level, "")
+    return f"{_clock(event)} {mark}{line(event)}"
+
+
+def _clock(event: Event) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(event.created_at))
+
+
+# --- the end --------------------------------------------------------------------------------------------------------
+
+
+def show_end(run: Run) -> None:
+    """What a run came to, and what to type next.
+
+    Raises:
+        AdaptoryError: the run failed; the error is the one that stopped it.
+    """
+    out = console()
+    if run.state == "failed":
+        error = failure(run)
+        say(
+            f"Run {run.name} failed. See `adaptory runs logs {run.name}`; `adaptory runs resume {run.name}` continues it."
+        )
+        raise error
+    if run.result and run.result.evaluation:
+        out.print(before_after(run.result.evaluation))
+        if run.result.evaluation.samples:
+            out.print(answers(run.result.evaluation))
+    if run.state == "succeeded":
+        kind = "weights" if run.spec.get("tuning", {}).get("type") == "full" else "adapter"
+        out.print(f"Run {run.name} succeeded{_took(run)}.")
+        rows: list[tuple[str, Any]] = [(kind, run.adapter)]
+        if run.adapter:
+            short = run.adapter.removeprefix("sha256:")[:12]
+            rows += [
+                ("look", f"adaptory adapters show {short}"),
+                ("check", f"adaptory adapters verify {short}"),
+                ("export", f"adaptory adapters export {short} --out ./{run.name}"),
+            ]
+        out.print(fields([*rows, ("curves", f"adaptory runs plot {run.name}")]))
+    else:
+        out.print(f"Run {run.name} is {run.state.value}. `adaptory runs resume {run.name}` continues it.")
+
+
+def failure(run: Run) -> AdaptoryError:
+    """The error that ended a run, with exit code 1: the command was right, the run was not."""
+    error = AdaptoryError.from_dict(run.error) if run.error else RunError(f"Run {run.name} failed.", run=run.id)
+    error.exit_code = 1
+    return error
+
+
+def _took(run: Run) -> str:
+    if run.started_at is None or run.finished_at is None:
+        return ""
+    return f" after {duration(run.finished_at - run.started_at)}"
+
+
+def before_after(evaluation: EvaluationResult) -> Any:
+    title = f"On {evaluation.rows} held-out rows"
+    result = table("metric", "before", "after", "change", title=title, right=("before", "after", "change"))
+    for name, after in evaluation.after.items():
+        before = evaluation.before.get(name)
+        change = "" if before is None else f"{after - before:+.3f}"
+        result.add_row(name, "" if before is None else f"{before:.3f}", f"{after:.3f}", change)
+    return result
+
+
+def answers(evaluation: EvaluationResult, most: int = 3) -> Any:
+    """A few held-out rows side by side."""
+    result = table("asked", "expected", "before", "after", title="Answers")
+    for sample in evaluation.samples[:most]:
+        result.add_row(*(_cut(text) for text in (sample.prompt, sample.expected, sample.before, sample.after)))
+        result.add_section()
+    return result
+
+
+def _cut(text: str, most: int = 240) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"

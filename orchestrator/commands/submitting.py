@@ -1,0 +1,159 @@
+"""From a spec file to a submitted run, or, for `--dry-run`, to a plan that starts nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.commands.output import console, fields, number, say, table
+
+if TYPE_CHECKING:
+    from orchestrator.commands.backend import Backend
+    from orchestrator.runs.run import Run
+    from orchestrator.settings import Settings
+    from orchestrator.spec.job import DataSpec, JobSpec
+    from orchestrator.spec.resolved import ResolvedData
+    from orchestrator.store import Store
+
+
+def load(path: Path, overrides: list[str], name: str | None, settings: Settings) -> JobSpec:
+    """The spec with what the command line and the environment say: `--name`, and ADAPTORY_TENANT where it names no tenant."""
+    from orchestrator.spec.loading import load_spec
+
+    said = [*overrides, *([f"name={json.dumps(name)}"] if name is not None else [])]
+    spec = load_spec(path, said)
+    if "tenant" not in spec.model_fields_set and settings.tenant != spec.tenant:
+        spec = load_spec(path, [*said, f"tenant={json.dumps(settings.tenant)}"])
+    return spec
+
+
+def submit(spec: JobSpec, backend: Backend) -> Run:
+    """Check what can be checked here, then hand the run to the cluster; a local Ray is started if none runs."""
+    from cluster.probe import preflight
+    from orchestrator.runs import submission
+
+    _check(spec, backend.settings)
+    preflight(backend.jobs, backend.settings, spec)  # type: ignore[arg-type]
+    return submission.submit(
+        spec,
+        settings=backend.settings,
+        store=backend.store,
+        db=backend.db,
+        jobs=backend.jobs,
+        resolve_data=_resolve_data,
+        resolve_base_model=partial(_upload_base, backend=backend) if backend.settings.remote else None,
+    )
+
+
+def _check(spec: JobSpec, settings: Settings) -> Any:
+    """The user's mistakes that need no cluster, so that they cost a second and not a start of Ray. Returns the data report."""
+    from jobs.data import check
+    from orchestrator.modeling.base_model import inspect
+
+    inspect(spec.base_model, cache=settings.cache)
+    return check(spec.data, Path.cwd())
+
+
+def _resolve_data(spec: DataSpec, *, store: Store) -> ResolvedData:
+    from jobs.data import resolve
+
+    return resolve(spec, store=store)
+
+
+def _upload_base(reference: str, *, backend: Backend) -> str:
+    """A base model that only this machine has goes to the store, so that a remote cluster's nodes can load it."""
+    from orchestrator.modeling.base_model import inspect, materialize, publish_base
+
+    cache = backend.settings.cache
+    if inspect(reference, cache=cache).source not in ("directory", "gguf"):
+        return reference
+    say(f"Putting base model {reference} into the store, for the cluster to load.")
+    return publish_base(backend.store, materialize(reference, cache=cache, say=say))
+
+
+# --- dry run --------------------------------------------------------------------------------------------------------
+
+
+def _unsaved(url: str) -> Store:
+    """The store while a dry run resolves data: it names files by their bytes and keeps none."""
+    from orchestrator.store import Store, sha256_file
+
+    class Unsaved(Store):
+        def put_file(self, local: Path) -> str:
+            return sha256_file(local)
+
+    return Unsaved(url)
+
+
+def plan(spec: JobSpec, settings: Settings) -> dict[str, Any]:
+    """What `run` would do, written to `ADAPTORY_HOME/dry-runs/<name>/` and returned; nothing is uploaded or started."""
+    from orchestrator import store as paths
+    from orchestrator.runs.submission import resolve
+
+    report = _check(spec, settings)
+    resolved = resolve(spec, run=None, store=_unsaved(settings.store), resolve_data=_resolve_data)
+    rows = report.train.rows or None  # none: the data is where only the job reads it
+    planned = {
+        "training_rows": rows,
+        "steps_per_epoch": math.ceil(rows / spec.train.batch_size) if rows else None,
+        "steps": steps(spec, rows) if rows else None,
+        "workers": spec.resources.workers,
+        "deepspeed": spec.deepspeed.model_dump() if spec.resources.workers > 1 or spec.tuning.type == "full" else None,
+        "cluster": settings.ray_address or "local Ray",
+        "store": settings.store,
+        "writes": {
+            "spec": paths.spec_path(f"{spec.name}-…"),
+            "checkpoints": paths.checkpoints_path(f"{spec.name}-…"),
+            "result": paths.result_path(f"{spec.name}-…"),
+            "adapter": paths.adapter_path("…"),
+        },
+    }
+    directory = settings.home / "dry-runs" / spec.name
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "spec.json").write_text(resolved.model_dump_json(indent=2) + "\n")
+    whole = {
+        "directory": str(directory),
+        "resolved": resolved.model_dump(mode="json"),
+        "data": report.model_dump(mode="json"),
+        "plan": planned,
+    }
+    (directory / "plan.json").write_text(json.dumps({"data": whole["data"], "plan": planned}, indent=2) + "\n")
+    return whole
+
+
+def steps(spec: JobSpec, rows: int) -> int:
+    """Optimiser steps, before rows that are too long are dropped."""
+    whole = max(1, math.ceil(rows * spec.train.epochs / spec.train.batch_size))
+    return min(whole, spec.train.max_steps or whole)
+
+
+def show(whole: dict[str, Any]) -> None:
+    """The plan for a person: the resolved spec, what the data is, and what would happen."""
+    out, planned, data = console(), whole["plan"], whole["data"]
+    out.print(json.dumps(whole["resolved"]["spec"], indent=2, ensure_ascii=False), soft_wrap=True)
+    out.print()
+    result = table("data", "format", "rows", "duplicates", title="Data", right=("rows", "duplicates"))
+    for name in ("train", "validation", "test"):
+        if part := data.get(name):
+            result.add_row(name, part["format"], number(part["rows"]), number(part["duplicates"]))
+    out.print(result)
+    for source in data.get("unchecked", []):
+        out.print(f"Only the job will read {source}.")
+    pairs = [
+        ("training rows", _about(planned["training_rows"])),
+        ("steps", _about(planned["steps"])),
+        ("workers", planned["workers"]),
+        ("deepspeed", planned["deepspeed"] and f"ZeRO stage {planned['deepspeed']['stage']}"),
+        ("cluster", planned["cluster"]),
+        ("store", planned["store"]),
+        *((f"  {name}", path) for name, path in planned["writes"].items()),
+    ]
+    out.print(fields(pairs, title="Plan"))
+    say(f"Nothing was started. The resolved spec is in {whole['directory']}/spec.json.")
+
+
+def _about(count: int | None) -> str:
+    return "known when the job reads the data" if count is None else f"about {number(count)}"
