@@ -223,3 +223,12 @@ def test_the_schema_documents_every_field_that_the_code_documents():
     assert (
         "examples per optimiser step" in schema["$defs"]["TrainSpec"]["properties"]["batch_size"]["description"].lower()
     )
+
+
+@pytest.mark.parametrize("name", ["openai-chat", "csv-prompts"])
+def test_an_example_with_data_of_its_own_reads_it(name: str, monkeypatch: pytest.MonkeyPatch):
+    from jobs.data import check
+
+    monkeypatch.chdir(EXAMPLES[0].parents[2])
+    spec = load_spec(f"jobs/examples/{name}.yaml")
+    assert check(spec.data).format == spec.data.format
