@@ -6,10 +6,10 @@ SHELL := /bin/bash
 
 VENV := .venv
 BIN := $(VENV)/bin
-PYTHON ?= $(firstword $(shell for name in python3 python3.11 python3.12 python3.13; do \
-	"$$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo "$$name"; done))
+# The first of these that is new enough and not too new; `make PYTHON=/path/to/python` chooses another.
+PYTHON ?= python3 python3.11 python3.12 python3.13
 # --no-compile halves the time: only what is imported is compiled, when it is imported first.
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
 RECORD := $(BIN)/python -c 'import json, pathlib, sys, time; p = pathlib.Path("build/install.json"); \
 	p.parent.mkdir(exist_ok=True); \
 	d = json.loads(p.read_text()) if p.exists() else {}; \
@@ -50,12 +50,19 @@ clean: ## remove what was built (not .venv)
 
 # Debian keeps venv in a package of its own.
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "Adaptory needs Python 3.11, 3.12 or 3.13; install one, or say make PYTHON=/path/to/python." >&2; exit 1; }
 	@mkdir -p build && date +%s.%N > build/.started
-	@$(PYTHON) -m venv $(VENV) 2>build/venv.log || { rm -rf $(VENV); \
-	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    echo "Installing python3-venv with apt-get."; apt-get install -y -qq python3-venv >/dev/null; $(PYTHON) -m venv $(VENV); \
-	  else cat build/venv.log >&2; echo "Install Python's venv (Debian and Ubuntu: apt-get install python3-venv)." >&2; exit 1; fi; }
+	@for name in $(PYTHON) none; do \
+	  "$$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && break || true; done; \
+	if [ "$$name" = none ]; then \
+	  echo "Adaptory needs Python 3.11, 3.12 or 3.13: install one, or say make PYTHON=/path/to/python." >&2; exit 1; fi; \
+	if ! "$$name" -m venv $(VENV) > build/venv.log 2>&1; then \
+	  rm -rf $(VENV); \
+	  if [ "$$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then \
+	    cat build/venv.log >&2; \
+	    echo "Python's venv is missing (Debian and Ubuntu: apt-get install python3-venv)." >&2; exit 1; fi; \
+	  echo "Installing python3-venv with apt-get."; \
+	  apt-get update -qq && apt-get install -y -qq python3-venv > /dev/null; \
+	  "$$name" -m venv $(VENV); fi
 
 # What a person needs to fine-tune: no DeepSpeed (several workers) and no development tools.
 $(VENV)/.adaptory: pyproject.toml constraints.txt | $(BIN)/python

@@ -1,0 +1,192 @@
+"""The frame of the project: borders, what is shipped, pins, and that the documentation tells the truth. About 10 seconds."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import orchestrator
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("cluster", "jobs", "orchestrator", "serving")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+README = (ROOT / "README.md").read_text()
+CONSTRAINTS = [
+    Requirement(line)
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if line.strip() and not line.startswith("#")
+]
+
+IMPORT_EVERYTHING = """
+import pkgutil, sys
+import orchestrator
+for module in pkgutil.walk_packages(orchestrator.__path__, "orchestrator."):
+    if not (module.name + ".").startswith("orchestrator.modeling.") and not module.name.endswith("migrations.env"):
+        __import__(module.name)
+print(*sorted({"torch", "ray", "transformers", "deepspeed", "datasets", "matplotlib"} & sys.modules.keys()))
+"""
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+# --- borders --------------------------------------------------------------------------------------------------------
+
+
+def test_no_control_plane_module_pulls_in_torch_or_ray():
+    done = run(sys.executable, "-c", IMPORT_EVERYTHING)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("library", ["deepspeed", "bitsandbytes", "vllm"])
+def test_at_most_one_module_imports(library: str):
+    importers = [
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        if library in imported(path)
+    ]
+    assert len(importers) <= 1, importers
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of everything that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+# --- what is shipped ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Names of the files in the built wheel."""
+    directory = tmp_path_factory.mktemp("wheel")
+    done = run(sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(directory))
+    assert done.returncode == 0, done.stderr
+    return set(zipfile.ZipFile(next(directory.glob("*.whl"))).namelist())
+
+
+def test_wheel_holds_the_four_packages_and_nothing_else(wheel: set[str]):
+    top = {name.split("/")[0] for name in wheel}
+    assert top - {next(name for name in top if name.endswith(".dist-info"))} == set(PACKAGES)
+    folders = {str(Path(name).parent) for name in wheel if name.endswith(".py")}
+    without = {folder for folder in folders if f"{folder}/__init__.py" not in wheel}
+    assert {folder for folder in without if "migrations" not in folder} == set()  # Alembic loads those by path
+
+
+def test_wheel_carries_data_files_and_licence(wheel: set[str]):
+    tracked = run("git", "ls-files", *PACKAGES).stdout.split()
+    if not tracked:
+        pytest.skip("not a git checkout: the list of shipped files comes from `git ls-files`")
+    present = {name for name in tracked if (ROOT / name).exists()}
+    assert any(name.endswith(".yaml") for name in present)
+    assert present - wheel == set()
+    assert any(name.endswith("licenses/LICENSE") for name in wheel)
+
+
+def test_changelog_knows_this_version():
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == "Unreleased" or orchestrator.__version__ in headings
+
+
+# --- pins -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_dependency_is_pinned_to_a_version_it_allows():
+    pins = {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in CONSTRAINTS}
+    wanted = [
+        *PROJECT["dependencies"],
+        *(item for group in PROJECT["optional-dependencies"].values() for item in group),
+    ]
+    for requirement in map(Requirement, wanted):
+        if requirement.name != PROJECT["name"]:
+            assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+
+
+def test_constraints_name_exact_public_versions_and_no_index():
+    assert "://" not in (ROOT / "constraints.txt").read_text()
+    for pin in CONSTRAINTS:
+        (specifier,) = pin.specifier
+        assert specifier.operator == "==", pin
+        assert "+" not in specifier.version, pin  # a local build exists on one machine only
+
+
+# --- the documentation tells the truth ------------------------------------------------------------------------------
+
+
+def commands() -> list[str]:
+    """Every command of the README's console blocks."""
+    blocks = re.findall(r"^```console\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return [line.removeprefix("$ ") for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if command.startswith("make ")])
+def test_readme_make_goals_exist(command: str):
+    done = run("make", "--dry-run", *shlex.split(command, comments=True)[1:])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if command.startswith("adaptory ")])
+def test_readme_commands_parse(command: str):
+    """Names, options and arguments are checked by the command itself; nothing is run."""
+    import typer.main
+
+    from orchestrator.cli import app
+
+    words = list(itertools.takewhile(lambda word: word != ">", shlex.split(command, comments=True)[1:]))
+    if "--version" in words:
+        return  # ends the command while it parses; it is run below
+    parsed, context = typer.main.get_command(app), None
+    while True:
+        context = parsed.make_context(words[0] if words else "adaptory", list(words), parent=context)
+        if not hasattr(parsed, "commands"):
+            break
+        words = [*context._protected_args, *context.args]
+        _, parsed, words = parsed.resolve_command(context, words)
+
+
+@pytest.mark.parametrize(
+    "command", ["adaptory --version", "adaptory schema", "adaptory runs list", "adaptory adapters list"]
+)
+def test_readme_quick_commands_run(command: str, home: Path):
+    """The commands of the README that need no cluster, in a home where nothing has happened yet."""
+    assert any(shown.startswith(command) for shown in commands()), f"the README no longer shows {command!r}"
+    done = run(sys.executable, "-m", "orchestrator.cli", *command.split()[1:])
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_tree_names_what_exists():
+    tree = re.search(r"^```text\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert tree, "the README has no annotated tree"
+    parents: list[str] = []
+    for line in tree[1].splitlines():
+        if not line.strip():
+            continue
+        name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 2
+        parents[depth:] = [name.rstrip("/")]
+        assert (ROOT / Path(*parents)).exists(), f"the README's tree names {'/'.join(parents)}"
+
+
+def test_ci_runs_what_a_person_runs():
+    script = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line and not line.startswith("#")]
+    assert script[0] == "set -euo pipefail"
+    assert script[-1] == "make test"
