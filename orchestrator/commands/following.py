@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 _STEPS_BETWEEN_LINES = 10
 _SECONDS_BETWEEN_LINES = 5.0
+_LOG_LINES = 12
 
 
 @dataclass
 class Progress:
     """Where a run is, put together from its events."""
 
-    phase: str = "queued"
+    phase: str = ""
+    """What goes on; empty until the job says so."""
     done: float = 0
     total: float | None = None
     """Of the phase: optimiser steps while training, else what the phase counts."""
@@ -100,7 +102,7 @@ def _bar(events: Iterable[Event | None], out: Console) -> None:
         TimeElapsedColumn(),
     )
     with Bar(*columns, console=out, transient=True) as bar:
-        task = bar.add_task(state.phase, total=None, count="", figures="")
+        task = bar.add_task(_WAITING, total=None, count="", figures="")
         for event in events:
             if event is None:
                 continue
@@ -110,7 +112,7 @@ def _bar(events: Iterable[Event | None], out: Console) -> None:
             count = f"{number(state.done)}/{number(state.total)}" if state.total else ""
             bar.update(
                 task,
-                description=state.phase,
+                description=state.phase or _WAITING,
                 completed=state.done,
                 total=state.total,
                 count=count,
@@ -144,6 +146,7 @@ def _plain(events: Iterable[Event | None], out: Console) -> None:
             said_at = event.created_at
 
 
+_WAITING = "waiting for the job"
 _STYLES = {"warn": "yellow", "error": "red"}
 
 
@@ -168,6 +171,8 @@ def show_end(run: Run) -> None:
     out = console()
     if run.state == "failed":
         error = failure(run)
+        for text in str(error.context.get("log") or "").splitlines()[-_LOG_LINES:]:
+            say(f"  {text}")
         say(
             f"Run {run.name} failed. See `adaptory runs logs {run.name}`; `adaptory runs resume {run.name}` continues it."
         )

@@ -83,7 +83,7 @@ def show_run(run: Run, attempts: Sequence[Attempt], events: Sequence[Event]) -> 
         ("started", moment(run.started_at)),
         ("finished", moment(run.finished_at)),
         ("took", duration(_seconds(run))),
-        ("progress", _words(progress) if events else None),
+        ("progress", _words(progress)),
         ("adapter", run.adapter),
         ("error", (run.error or {}).get("message")),
         ("what to do", (run.error or {}).get("hint")),

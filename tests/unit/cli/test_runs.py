@@ -264,7 +264,9 @@ def test_logs_are_read_from_the_store(adaptory, spec, memory_cluster, plays):
 def test_a_job_that_died_before_it_could_log_left_its_words_with_ray(adaptory, spec, memory_cluster):
     memory_cluster.plays = lambda store, run, attempt: JobStatus.FAILED
     memory_cluster.printed = "ImportError: no torch"
-    adaptory("run", spec)
+    answer = adaptory("run", spec, "--follow")
+    assert answer.code == 1
+    assert "ImportError: no torch" in answer.err
     assert "ImportError: no torch" in adaptory("runs", "logs", "sums").out
 
 
