@@ -1,1 +1,4 @@
-"""Runs: states and legal transitions, events, submission (spec → Ray Job), reconciliation."""
+"""Runs: states and legal transitions, submission (spec → Ray Job), events and logs through the store, reconciliation.
+
+`submission` is what a person does, `reconcile` what the world did, `repository` what the database remembers.
+"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import secrets
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from sqlalchemy import Select, delete, select, update
@@ -256,13 +256,14 @@ def ingested_segments(db: Database, run_id: str) -> set[str]:
         return set(session.scalars(select(SegmentRow.path).where(SegmentRow.run_id == run_id)))
 
 
-def ingest_events(db: Database, run_id: str, events: Sequence[Event], segments: Iterable[str]) -> None:
+def ingest_events(db: Database, run_id: str, events: Sequence[Event], segments: Collection[str]) -> None:
     """Store events and the segments that they came from, together; those that are there already are left alone."""
     with db.write() as session:
-        for event in sorted(events, key=lambda event: event.created_at):
-            _add_event(session, run_id, event)
-        for path in segments:
-            session.execute(_or_ignore(session, SegmentRow).values(run_id=run_id, path=path))
+        if events:
+            rows = [_event_values(run_id, event) for event in sorted(events, key=lambda event: event.created_at)]
+            session.execute(_or_ignore(session, EventRow), rows)
+        if segments:
+            session.execute(_or_ignore(session, SegmentRow), [{"run_id": run_id, "path": path} for path in segments])
 
 
 # --- adapters -------------------------------------------------------------------------------------------------------
@@ -307,12 +308,11 @@ def _note(session: Session, run: Run | RunRow, message: str, level: Literal["inf
     """An event of the control plane's own; its id makes it one per attempt and state."""
     event_id, data = f"a{run.attempt}-control-{run.state.value}", {"state": run.state.value}
     event = Event(id=event_id, created_at=time.time(), type="state", level=level, message=message, data=data)
-    _add_event(session, run.id, event)
+    session.execute(_or_ignore(session, EventRow), [_event_values(run.id, event)])
 
 
-def _add_event(session: Session, run_id: str, event: Event) -> None:
-    values = event.model_dump(mode="json", exclude={"id"})
-    session.execute(_or_ignore(session, EventRow).values(run_id=run_id, event_id=event.id, **values))
+def _event_values(run_id: str, event: Event) -> dict[str, Any]:
+    return {"run_id": run_id, "event_id": event.id, **event.model_dump(mode="json", exclude={"id"})}
 
 
 def _or_ignore(session: Session, table: type[Base]) -> postgresql.Insert | sqlite.Insert:

@@ -155,6 +155,8 @@ def pause(
         )
     request(store_of(run, store), run.id, run.attempt, "pause")
     say(f"Asked {run.name} to pause; it writes a checkpoint first.")
+    if jobs is None:
+        say("The cluster does not answer now; if the job is alive, it sees the request in the store.")
     attempt, state = run.attempt, run.state
     while wait and run.attempt == attempt and not run.settled:
         time.sleep(poll)

@@ -41,6 +41,20 @@ def test_submit(killed_everywhere):
     assert ends == {"nothing", "gave up", "queued"}
 
 
+def test_reconcile_a_beginning(killed_everywhere):
+    def prepare(world):
+        run = world.submit()
+        world.says_running(run, metrics=3)
+        return run
+
+    for world in killed_everywhere(prepare, lambda world, _: world.reconcile()):
+        world.reconcile()
+        run = world.run()
+        assert run.state is RunState.RUNNING
+        assert run.started_at
+        assert in_order(world, run.id) == [0, 1, 2]
+
+
 def test_reconcile_a_success(killed_everywhere, tmp_path):
     def prepare(world):
         run = world.submit()
