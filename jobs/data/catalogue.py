@@ -16,8 +16,7 @@ EVALS = "evals==3.0.1.post1"
 TEST_ROWS = 60
 SYSTEM = "Extract the named entities as JSON."
 
-_ENTITY = re.compile(r"(.*) - (PERSON|ORGANIZATION|LOCATION)$")
-_BETWEEN_ENTITIES = re.compile(r", (?=[^,]*? - (?:PERSON|ORGANIZATION|LOCATION))")
+_ENTITY = re.compile(r"(.+?) - (PERSON|ORGANIZATION|LOCATION)(?:, |$)")
 
 
 def example_rows(name: str, cache: Path) -> Iterator[Row]:
@@ -63,9 +62,8 @@ def _finance_entities(cache: Path) -> list[tuple[str, str]]:
 def _entities(listed: str) -> dict[str, list[str]]:
     """`[Acme Corp. - ORGANIZATION, Lender - PERSON]` → entities by lower-case type, in order of appearance."""
     found: dict[str, list[str]] = {}
-    for item in _BETWEEN_ENTITIES.split(listed.strip("[]")):
-        if match := _ENTITY.match(item):
-            found.setdefault(match[2].lower(), []).append(match[1])
+    for name, kind in _ENTITY.findall(listed.strip("[]")):
+        found.setdefault(kind.lower(), []).append(name)
     return found
 
 

@@ -76,17 +76,21 @@ def file_rows(stream: IO[bytes], name: str) -> Iterator[Row]:
 # --- lines ----------------------------------------------------------------------------------------------------------
 
 
-def _lines(stream: IO[bytes], name: str) -> Iterator[tuple[str, int]]:
-    """Lines that are not blank, with their number."""
+def _decoded(stream: IO[bytes], name: str) -> Iterator[str]:
     for number, raw in enumerate(stream, 1):
         if number == 1:
             _refuse_utf16(raw, name)
             raw = raw.removeprefix(codecs.BOM_UTF8)
         try:
-            line = raw.decode().strip()
+            yield raw.decode()
         except UnicodeDecodeError as error:
             raise _not_utf8(name, number, error) from error
-        if line:
+
+
+def _lines(stream: IO[bytes], name: str) -> Iterator[tuple[str, int]]:
+    """Lines that are not blank, with their number."""
+    for number, line in enumerate(_decoded(stream, name), 1):
+        if line := line.strip():
             yield line, number
 
 
@@ -270,7 +274,7 @@ class _JsonText:
 
 def _csv(stream: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Row]:
     csv.field_size_limit(1 << 30)
-    reader = csv.reader(codecs.getreader("utf-8-sig")(stream), delimiter=delimiter, strict=True)
+    reader = csv.reader(_decoded(stream, name), delimiter=delimiter, strict=True)
     try:
         header = next(reader, None)
         if header is None:
@@ -292,8 +296,6 @@ def _csv(stream: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Row]:
                 )
             if fields:
                 yield dict(zip(header, fields, strict=True)), Where(name, reader.line_num)
-    except UnicodeDecodeError as error:
-        raise _not_utf8(name, reader.line_num + 1, error) from error
     except csv.Error as error:
         line = reader.line_num
         raise DataError(

@@ -33,7 +33,7 @@ def pypi_package(requirement: str, cache: Path) -> Path:
         wanted = Requirement(requirement)
     except InvalidRequirement as error:
         raise PackageError(
-            f"{requirement!r} is not a PyPI requirement: {error}.",
+            f"{requirement!r} is not a PyPI requirement.",
             hint="Write pypi:NAME or pypi:NAME==VERSION.",
             package=requirement,
         ) from error
