@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from orchestrator import __version__
-from orchestrator.commands import cluster, data, runs, schema
+from orchestrator.commands import adapters, cluster, data, runs, schema
 from orchestrator.commands.output import print_error, say
 from orchestrator.errors import AdaptoryError
 
@@ -36,16 +36,9 @@ def _mount(part: typer.Typer, name: str, words: str) -> None:
 
 
 runs.register(app)
+_mount(adapters.app, "adapters", "List, show, verify and export what was trained.")
 _mount(data.app, "data", "Look at training data before a run does.")
 _mount(runs.app, "runs", "List, show, watch, stop and resume runs.")
-for _name, _help in {
-    "adapters": "List, show, verify and export what was trained.",
-}.items():
-    import contextlib
-    import importlib
-
-    with contextlib.suppress(ImportError):
-        _mount(importlib.import_module(f"orchestrator.commands.{_name}").app, _name, _help)
 schema.register(app)
 cluster.register(app)
 

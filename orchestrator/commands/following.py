@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _STEPS_BETWEEN_LINES = 10
 _SECONDS_BETWEEN_LINES = 5.0
 _LOG_LINES = 12
+_ROOMY = 110
+"""Columns from which on the figures leave room for a long bar."""
 
 
 @dataclass
@@ -96,10 +98,10 @@ def _bar(events: Iterable[Event | None], out: Console) -> None:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=24 if out.width >= _ROOMY else 8),
         TextColumn("{task.fields[count]}"),
         TextColumn("{task.fields[figures]}", style="cyan"),
-        TimeElapsedColumn(),
+        *([TimeElapsedColumn()] if out.width >= _ROOMY else []),
     )
     with Bar(*columns, console=out, transient=True) as bar:
         task = bar.add_task(_WAITING, total=None, count="", figures="")
