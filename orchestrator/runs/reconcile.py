@@ -238,11 +238,16 @@ def _without_result(jobs: JobClient, run: Run, job: _Job, result: CorruptObject 
     if job.status is None:
         said = "Ray does not know its job any more: the cluster was stopped or lost its head"
     else:
-        said = f"Ray says {job.status.value}: {(job.message.strip() or 'no reason given').splitlines()[0].rstrip('.')}"
+        reason = (job.message.strip() or "no reason given").splitlines()[0]
+        reason = reason.split(", last available logs")[0]  # Ray repeats the log in its message; the tail has it
+        words = [line.strip() for line in tail if line.strip()][-1:]
+        said = f"Ray says {job.status.value}: {reason.rstrip('.')}" + "".join(
+            f"; its last words: {line}" for line in words
+        )
     if result is not None:
         said = f"{result.message} {said}"
     return JobFailed(
-        f"Run {run.name} ended without a result. {said}.",
+        f"Run {run.name} ended without a result. {said.rstrip('.')}.",
         hint=f"`adaptory runs logs {run.name}` shows what it printed; `adaptory runs resume {run.name}` continues it.",
         run=run.id,
         ray_status=job.status.value if job.status else None,

@@ -57,11 +57,15 @@ def test_a_failure_of_its_own(world):
 def test_a_job_that_ends_without_a_result_has_failed(world, status):
     run = world.submit()
     job = world.jobs.jobs[run.submission_id]
-    job.status, job.message, job.logs = status, "entrypoint exited with 1\nmore", "\n".join(map(str, range(100)))
+    job.status, job.message, job.logs = (
+        status,
+        "exited with 1, last available logs (…):\nmore",
+        "\n".join(map(str, range(100))),
+    )
     world.reconcile()
     error = AdaptoryError.from_dict(world.run().error)
     assert isinstance(error, JobFailed)
-    assert f"Ray says {status.value}: entrypoint exited with 1." in str(error)
+    assert f"Ray says {status.value}: exited with 1; its last words: 99." in str(error)
     assert error.context["log"].splitlines() == [str(n) for n in range(70, 100)]
 
 
