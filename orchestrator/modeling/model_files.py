@@ -192,12 +192,19 @@ def require_chat_template(path: Path, reference: str | None = None) -> None:
         )
 
 
-def base_digest(path: Path, reference: str, cache: Path) -> str:
-    """`sha256:…` over names and digests of the weight files and over what `config.json` says."""
+def base_digest(path: Path, reference: str, cache: Path | None) -> str:
+    """`sha256:…` over names and digests of the weight files and over what `config.json` says.
+
+    Args:
+        cache: remembers the digests of files that did not change; None: every byte is read.
+    """
     config = {key: value for key, value in read_config(path, reference).items() if key not in _VOLATILE}
     canonical = {
         "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
-        "weights": [[file.name, sha256_of(file, cache)] for file in weight_files(path, reference)],
+        "weights": [
+            [file.name, sha256_of(file, cache) if cache else sha256_file(file)]
+            for file in weight_files(path, reference)
+        ],
     }
     return "sha256:" + hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
 

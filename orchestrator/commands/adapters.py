@@ -1,0 +1,188 @@
+"""`adaptory adapters …`: what was trained, whether it is intact, and how to take it along."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.commands.backend import Backend
+from orchestrator.commands.output import Json, console, fields, moment, number, print_json, say, table
+
+if TYPE_CHECKING:
+    from orchestrator.registry.adapters import AdapterSummary
+    from orchestrator.registry.provenance import Provenance
+
+app = typer.Typer(no_args_is_help=True)
+
+Reference = Annotated[
+    str, typer.Argument(metavar="ADAPTER", help="A run's name or id, or a digest or its first six or more digits.")
+]
+
+
+class Dtype(StrEnum):
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+@app.command("list", epilog="Example: adaptory adapters list --tenant acme")
+def list_(
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant's.")] = None, as_json: Json = False
+) -> None:
+    """List the published adapters, newest first."""
+    from orchestrator.registry.adapters import list_adapters
+
+    found = list_adapters(Backend().store, tenant=tenant)
+    if as_json:
+        print_json([summary.model_dump(mode="json") for summary in found])
+        return
+    if not found:
+        say("There are no adapters. Train one: adaptory run jobs/examples/finance-entities.yaml --follow")
+        return
+    result = table("adapter", "run", "base model", "tuning", "size", "quality", "created", right=("size",))
+    for summary in found:
+        owner = "" if summary.tenant == "default" else f"{summary.tenant}/"
+        cells = [_short(summary.digest), owner + summary.name, summary.base_model, _tuning(summary)]
+        result.add_row(*cells, _bytes(summary.size), _quality(summary), moment(summary.created_at))
+    console().print(result)
+
+
+@app.command("show", epilog="Example: adaptory adapters show finance-entities")
+def show(adapter: Reference, as_json: Json = False) -> None:
+    """Show an adapter and where it came from."""
+    from orchestrator.registry.adapters import get_adapter, read_provenance, resolve_adapter
+
+    store = Backend().store
+    digest = resolve_adapter(store, adapter)
+    summary, provenance = get_adapter(store, digest), read_provenance(store, digest)
+    if as_json:
+        print_json(
+            {
+                **summary.model_dump(mode="json"),
+                "url": _url(store.url, digest),
+                "provenance": provenance.model_dump(mode="json"),
+            }
+        )
+        return
+    _show(summary, provenance, _url(store.url, digest))
+
+
+@app.command("verify", epilog="Example: adaptory adapters verify 3f2a9c")
+def verify(adapter: Reference, as_json: Json = False) -> None:
+    """Check every byte, shape and number of an adapter, and that its name is the digest of its content."""
+    from orchestrator.errors import AdaptoryError
+    from orchestrator.modeling.base_model import inspect
+    from orchestrator.registry import verification
+    from orchestrator.registry.adapters import get_adapter, resolve_adapter
+
+    backend = Backend()
+    digest = resolve_adapter(backend.store, adapter)
+    try:  # shapes are compared with the base if it is here; nothing is downloaded for that
+        base = inspect(get_adapter(backend.store, digest).base_model, backend.settings.cache).path
+    except AdaptoryError:
+        base = None
+    report = verification.verify(backend.store, digest, base=base)
+    if as_json:
+        print_json({"ok": report.ok, **report.model_dump(mode="json")})
+    else:
+        result = table("check", "", "found", title=f"Adapter {digest}")
+        for finding in report.findings:
+            result.add_row(finding.check, "ok" if finding.ok else "FAILED", finding.detail)
+        console().print(result)
+    if not report.ok:
+        if not as_json:
+            report.require()
+        raise typer.Exit(1)
+
+
+@app.command("export", epilog="Example: adaptory adapters export finance-entities --out ./finance --merged")
+def export(
+    adapter: Reference,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; it must not hold anything.")],
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Full weights for plain transformers, instead of PEFT's files.")
+    ] = False,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of merged weights; default as in the base model.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write an adapter as a PEFT directory, or merged into its base model."""
+    from orchestrator.registry.adapters import resolve_adapter
+    from orchestrator.registry.export import export_adapter
+
+    backend = Backend()
+    digest = resolve_adapter(backend.store, adapter)
+    path = export_adapter(
+        backend.store,
+        digest,
+        out.expanduser().absolute(),
+        cache=backend.settings.cache,
+        merged=merged,
+        dtype=dtype.value if dtype else None,
+        say=say,
+    )
+    if as_json:
+        print_json({"adapter": digest, "path": str(path), "merged": merged})
+        return
+    whole = not (path / "adapter_config.json").is_file()
+    load = "AutoModelForCausalLM" if whole else "peft.AutoPeftModelForCausalLM"
+    console().print(f"Wrote {path}. Load it with {load}.from_pretrained({str(path)!r}).", soft_wrap=True)
+
+
+def _show(summary: AdapterSummary, provenance: Provenance, url: str) -> None:
+    out, measured = console(), provenance.evaluation
+    pairs = [
+        ("digest", summary.digest),
+        ("run", f"{summary.run} (attempt {summary.attempt}, step {summary.step})"),
+        ("tenant", summary.tenant),
+        ("base model", summary.base_model),
+        ("base digest", summary.base_digest),
+        ("tuning", _tuning(summary)),
+        ("targets", ", ".join(summary.targets)),
+        ("weights", f"{number(summary.parameters)} parameters, {summary.dtype}, {_bytes(summary.size)}"),
+        ("created", moment(summary.created_at)),
+        ("seed", provenance.seed),
+        ("git commit", provenance.git_commit),
+        ("versions", ", ".join(f"{name} {version}" for name, version in provenance.versions.items())),
+        ("hardware", ", ".join(f"{name} {number(value)}" for name, value in provenance.hardware.items())),
+        ("data", "\n".join(f"{name}  sha256:{sha[:12]}…" for name, sha in provenance.data.items())),
+        ("stored at", url),
+    ]
+    out.print(fields(pairs, title=f"Adapter {summary.name}"))
+    if provenance.metrics:
+        out.print()
+        out.print(fields([(name, number(value)) for name, value in provenance.metrics.items()], title="Metrics"))
+    if measured:
+        out.print()
+        result = table(
+            "metric", "before", "after", title=f"On {measured.rows} held-out rows", right=("before", "after")
+        )
+        for name, after in measured.after.items():
+            result.add_row(name, number(measured.before.get(name, float("nan"))), number(after))
+        out.print(result)
+
+
+def _url(store: str, digest: str) -> str:
+    from orchestrator.store import adapter_path
+
+    return f"{store}/{adapter_path(digest)}"
+
+
+def _short(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:12]
+
+
+def _tuning(summary: AdapterSummary) -> str:
+    if summary.kind == "full":
+        return "all weights"
+    return f"{'rsLoRA' if summary.rslora else 'LoRA'} rank {summary.rank}, alpha {number(summary.alpha)}"
+
+
+def _quality(summary: AdapterSummary) -> str:
+    shown = summary.evaluation or {k: v for k, v in summary.metrics.items() if k.endswith("loss")}
+    return ", ".join(f"{name} {number(value)}" for name, value in shown.items())
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
