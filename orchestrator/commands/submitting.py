@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.commands.output import console, fields, number, say, table
 
 if TYPE_CHECKING:
+    from jobs.data import DataReport
     from orchestrator.commands.backend import Backend
     from orchestrator.runs.run import Run
     from orchestrator.settings import Settings
@@ -35,7 +36,7 @@ def submit(spec: JobSpec, backend: Backend) -> Run:
     from cluster.probe import preflight
     from orchestrator.runs import submission
 
-    _check(spec, backend.settings)
+    say_data(_check(spec, backend.settings))
     preflight(backend.jobs, backend.settings, spec)  # type: ignore[arg-type]
     return submission.submit(
         spec,
@@ -48,13 +49,26 @@ def submit(spec: JobSpec, backend: Backend) -> Run:
     )
 
 
-def _check(spec: JobSpec, settings: Settings) -> Any:
+def _check(spec: JobSpec, settings: Settings) -> DataReport:
     """The user's mistakes that need no cluster, so that they cost a second and not a start of Ray. Returns the data report."""
     from jobs.data import check
     from orchestrator.modeling.base_model import inspect
 
     inspect(spec.base_model, cache=settings.cache)
     return check(spec.data, Path.cwd())
+
+
+def say_data(report: DataReport) -> None:
+    """What the data was taken for, and what makes a score on it worthless."""
+    counted = {"train": report.train, "validation": report.validation, "test": report.test}
+    parts = [f"{number(part.rows)} {name}" for name, part in counted.items() if part and part.rows]
+    if parts:
+        say(f"Data: format {report.format}; rows: {', '.join(parts)}.")
+    for source in report.unchecked:
+        say(f"Data: only the job will read {source}.")
+    for name, part in counted.items():
+        if part and part.in_train:
+            say(f"Warning: {number(part.in_train)} {name} rows are training rows too; a score on them says nothing.")
 
 
 def _resolve_data(spec: DataSpec, *, store: Store) -> ResolvedData:
@@ -152,6 +166,9 @@ def show(whole: dict[str, Any]) -> None:
         *((f"  {name}", path) for name, path in planned["writes"].items()),
     ]
     out.print(fields(pairs, title="Plan"))
+    for name in ("validation", "test"):
+        if (part := data.get(name)) and part["in_train"]:
+            say(f"Warning: {number(part['in_train'])} {name} rows are training rows too; a score on them says nothing.")
     say(f"Nothing was started. The resolved spec is in {whole['directory']}/spec.json.")
 
 

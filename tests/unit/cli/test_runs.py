@@ -102,6 +102,15 @@ def test_control_c_while_following_leaves_the_run_alone(adaptory, spec, memory_c
     assert adaptory("runs", "show", "sums", "--json").json["state"] == "running"
 
 
+def test_the_data_is_named_and_rows_seen_twice_are_told(adaptory, spec):
+    overlapping = ("--set", "data.validation=rows.jsonl")
+    for options in ((), ("--dry-run",)):
+        answer = adaptory("run", spec, *overlapping, *options)
+        assert answer.code == 0
+        assert "Warning: 40 validation rows are training rows too" in answer.err
+    assert "Data: format prompt_completion; rows: " in adaptory("run", spec, "--name", "b").err
+
+
 def test_a_second_run_of_one_name_is_refused(adaptory, spec):
     adaptory("run", spec)
     answer = adaptory("run", spec)
@@ -127,7 +136,7 @@ def test_a_mistake_is_told_before_anything_is_started(adaptory, spec, memory_clu
         Path("rows.jsonl").write_text(change["rows"])
     answer = adaptory("run", spec, *(["--set", change["set"]] if "set" in change else []))
     assert answer.code in (1, 2)
-    assert answer.err.startswith("Error: ")
+    assert "Error: " in answer.err
     assert said in answer.err
     assert memory_cluster.jobs == {}
     assert adaptory("runs", "list", "--json").json == []
