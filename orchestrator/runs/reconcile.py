@@ -7,6 +7,7 @@ records it in one transaction, or repeats a step that may be repeated: so it may
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -32,6 +33,7 @@ from orchestrator.runs.states import RunState
 from orchestrator.store import Store, adapter_path, result_path
 
 LOG_TAIL_LINES = 30
+PROVENANCE = "provenance.json"
 
 
 @dataclass
@@ -213,20 +215,29 @@ def _adapter_record(store: Store, run: Run, result: RunResult) -> AdapterRecord 
     """From the result, and from the metadata with which the adapter was published."""
     if result.adapter is None:
         return None
-    manifest = store.manifest(adapter_path(result.adapter))
-    provenance = dict(manifest.metadata) if manifest else {}
-    tuning = run.spec.get("tuning", {})
+    published = _published(store, result.adapter)
     return AdapterRecord(
         tenant=run.tenant,
         digest=result.adapter,
         name=run.name,
         run_id=run.id,
-        base_digest=provenance.get("base_digest"),
-        rank=tuning.get("rank"),
+        base_digest=published.get("base_digest"),
+        rank=published.get("rank"),
         created_at=result.finished_at,
         metrics=result.metrics | (result.evaluation.after if result.evaluation else {}),
-        provenance=provenance,
+        provenance=published,
     )
+
+
+def _published(store: Store, digest: str) -> dict[str, Any]:
+    """What was published with the adapter: its manifest's summary and its provenance. Damage is for `verify` to tell."""
+    try:
+        manifest = store.manifest(adapter_path(digest))
+        if manifest is None or PROVENANCE not in manifest.files:
+            return dict(manifest.metadata) if manifest else {}
+        return {**store.read_json(f"{adapter_path(digest)}/{PROVENANCE}"), **manifest.metadata}
+    except (CorruptObject, ObjectMissing):
+        return {}
 
 
 def _without_result(jobs: JobClient, run: Run, job: _Job, result: CorruptObject | None) -> JobFailed:

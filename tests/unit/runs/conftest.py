@@ -168,7 +168,8 @@ class World:
         self.says_running(run, metrics=3)
         directory.mkdir(exist_ok=True)
         (directory / "adapter_config.json").write_text("{}")
-        self.store.publish(adapter_path(DIGEST), directory, {"base_digest": "sha256:base", "seed": 0})
+        (directory / "provenance.json").write_text('{"seed": 0}')
+        self.store.publish(adapter_path(DIGEST), directory, {"base_digest": "sha256:base", "rank": 8})
         self.says_result(run, RunState.SUCCEEDED, adapter=DIGEST, metrics={"train_loss": 0.5})
         self.jobs.jobs[run.submission_id].status = JobStatus.SUCCEEDED
 

@@ -13,7 +13,7 @@ from orchestrator.runs.reconcile import reconcile
 from orchestrator.runs.repository import create_run, list_adapters, list_events, open_attempts
 from orchestrator.runs.states import RunState
 from orchestrator.spec.job import JobSpec
-from orchestrator.store import result_path
+from orchestrator.store import adapter_path, result_path
 
 
 def test_a_successful_run(world, tmp_path):
@@ -31,6 +31,16 @@ def test_a_successful_run(world, tmp_path):
     assert run.result.metrics == adapter.metrics == {"train_loss": 0.5}
     assert run.finished_at == run.result.finished_at
     assert world.reconcile().changed == {}
+
+
+def test_a_damaged_adapter_directory_does_not_hold_up_the_run(world, tmp_path):
+    run = world.submit()
+    world.succeeds(run, tmp_path / "adapter")
+    directory = adapter_path(world.store.read_json(result_path(run.id))["adapter"])
+    world.store.write(f"{directory}/manifest.json", b"{")
+    world.reconcile()
+    assert world.run().state is RunState.SUCCEEDED
+    assert list_adapters(world.db)[0].provenance == {}
 
 
 def test_two_tenants_with_equal_weights_both_have_their_adapter(world, tmp_path):
