@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import jinja2
@@ -251,6 +252,24 @@ def token_mask(offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> np.
     for start, end in spans:
         mask |= (starts >= start) & (ends <= end) & (ends > start)
     return mask
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer in a base model's directory; no code of the model is run.
+
+    Raises:
+        ModelError: there is none that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and tokenizers' bare Exception
+        raise ModelError(
+            f"The tokenizer in {directory} cannot be loaded: {(str(error).strip() or repr(error)).splitlines()[0]}",
+            hint="The directory needs tokenizer.json or the files it is made from.",
+            model=str(directory),
+        ) from error
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

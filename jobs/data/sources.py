@@ -19,6 +19,7 @@ from orchestrator.errors import CorruptObject, DataError
 from orchestrator.spec.resolved import DataSource, StoredFile
 from orchestrator.store import Store, file_path, sha256_file
 
+_S3_LIBRARIES = ("botocore", "aiobotocore", "aiohttp")
 _SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 
 
@@ -209,9 +210,13 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise DataError(f"There is no file {name}.", hint="Check the path.", file=name) from error
-    except OSError as error:  # s3fs translates botocore's errors to these
+    except Exception as error:
+        # s3fs turns S3's answers into OSErrors; no credentials and no connection stay botocore's and aiohttp's own
+        if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _S3_LIBRARIES:
+            raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise DataError(
-            f"{name} cannot be read: {error.strerror or error}.",
+            f"{name} cannot be read: {getattr(error, 'strerror', None) or said}.",
             hint="Check its permissions" + (", the AWS_* credentials and AWS_ENDPOINT_URL." if "://" in name else "."),
             file=name,
         ) from error

@@ -70,12 +70,11 @@ def _data_spec(subject: str) -> tuple[DataSpec, str | None]:
 
 
 def _tokenizer(reference: str) -> Any:
-    from transformers import AutoTokenizer
-
+    from jobs.data import load_tokenizer
     from orchestrator.modeling.base_model import materialize
     from orchestrator.settings import load_settings
 
-    return AutoTokenizer.from_pretrained(materialize(reference, cache=load_settings().cache, say=say).path)
+    return load_tokenizer(materialize(reference, cache=load_settings().cache, say=say).path)
 
 
 def _show(report: DataReport) -> None:

@@ -70,6 +70,19 @@ def test_remote_data_is_left_to_the_job_unless_asked_for(s3: str, tmp_path: Path
     assert check(spec, tmp_path, remote=True).train.rows == 1
 
 
+def test_s3_without_credentials(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, "/dev/null")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(DataError, match=r"train\.jsonl cannot be read: Unable to locate credentials") as caught:
+        check(DataSpec(train=f"{s3}/train.jsonl", validation=0.0), remote=True)
+    assert "AWS_*" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize(
     ("reference", "message", "hint"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from jobs.data.files import Where
 from jobs.data.formats import Conversation, Message
-from jobs.data.render import Renderer, token_mask, tokenizer_digest
+from jobs.data.render import Renderer, load_tokenizer, token_mask, tokenizer_digest
 from orchestrator.errors import DataError, ModelError
 
 USER = {"role": "user", "content": "What is the capital of France?"}
@@ -177,6 +178,13 @@ def test_slow_tokenizers_are_refused() -> None:
 
     with pytest.raises(ModelError, match="slow-model has no fast version"):
         Renderer(Slow())
+
+
+def test_a_directory_without_a_tokenizer(tmp_path: Path, make_tokenizer: Any) -> None:
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_tokenizer(tmp_path)
+    make_tokenizer("chatml").save_pretrained(tmp_path)
+    assert tokenizer_digest(load_tokenizer(tmp_path)) == tokenizer_digest(make_tokenizer("chatml"))
 
 
 def test_digest_changes_with_the_template(make_tokenizer: Callable[..., Any]) -> None:
