@@ -161,7 +161,8 @@ def _store_error(node: NodeAnswer, store_url: str) -> StoreError:
         )
     return StoreError(
         f"Node {node.node} cannot use the store: {cause.message}",
-        hint=f"{cause.hint or ''} The node needs them in its own environment (the manifests take them from a secret).".strip(),
+        hint=f"{cause.hint or ''} A local Ray takes credentials from the shell where it was started (`adaptory down`, then "
+        "`adaptory up`), a pod from its secret.".strip(),
         url=store_url,
         node=node.node,
     )
