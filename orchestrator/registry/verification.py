@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from orchestrator.errors import AdapterError, AdaptoryError, CorruptObject
+from orchestrator.errors import AdapterError, AdaptoryError, CorruptObject, ObjectMissing
 from orchestrator.modeling.adapter_check import Check, adapter_problems
 from orchestrator.modeling.adapter_files import adapter_digest
 from orchestrator.modeling.model_files import base_digest as weights_digest
@@ -59,13 +59,17 @@ def verify(store: Store, digest: str, *, base: Path | None = None) -> Verificati
         base: the base model's directory, to check shapes against; without it they are checked against each other.
 
     Raises:
+        ObjectMissing: nothing complete is published under this digest.
         StoreError: the store cannot be read.
     """
+    digest = digest if ":" in digest else f"sha256:{digest}"
     with tempfile.TemporaryDirectory(prefix="adaptory-verify-") as temporary:
         directory, findings = Path(temporary), []
         try:
             manifest = store.fetch(adapter_path(digest), directory)
-        except CorruptObject as error:
+        except (CorruptObject, ObjectMissing) as error:
+            if isinstance(error, ObjectMissing) and store.manifest(adapter_path(digest)) is None:
+                raise
             return Verification(digest=digest, findings=[Finding(check="bytes", ok=False, detail=error.message)])
         size = sum(entry.size for entry in manifest.files.values())
         findings.append(Finding(check="bytes", ok=True, detail=f"{len(manifest.files)} files, {size:,} bytes"))
@@ -82,8 +86,8 @@ def verify(store: Store, digest: str, *, base: Path | None = None) -> Verificati
                 if whole
                 else adapter_digest(directory, provenance.base_model.digest)
             )
-            findings.append(_same("digest", found, digest if ":" in digest else f"sha256:{digest}"))
-            summary = (full_summary if whole else lora_summary)(directory, found, provenance)
+            findings.append(_same("digest", found, digest))
+            summary = (full_summary if whole else lora_summary)(directory, digest, provenance)
         except AdaptoryError as error:
             findings.append(Finding(check="weights", ok=False, detail=error.message))
         else:
