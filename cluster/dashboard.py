@@ -1,7 +1,7 @@
 """Plain HTTP to a Ray dashboard: the Jobs API, the packages endpoint and the node table.
 
-Ray's own `JobSubmissionClient` imports all of Ray (0.8–1.0 s measured; requests takes 0.1 s), and a command that only asks for
-a status should not pay that. The endpoints are those in Ray's openapi.yml for job submission, stable since Ray 2.0.
+Ray's own `JobSubmissionClient` imports all of Ray (0.8–1.0 s measured; requests takes 0.1 s), and a command that only
+asks for a status should not pay that. The endpoints are those in Ray's openapi.yml for job submission.
 """
 
 from __future__ import annotations

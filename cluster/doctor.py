@@ -187,11 +187,9 @@ def _cluster(settings: Settings) -> Check:
             name="cluster", level=Level.OK, found="no local Ray runs; `adaptory run` or `adaptory up` starts it"
         )
     if client.local:
-        return Check(
-            name="cluster",
-            level=Level.OK,
-            found=f"local Ray {client.describe()['ray']} at {client.dashboard.address}: {resources_of(client).describe()}",
-        )
+        version, has = client.describe()["ray"], resources_of(client).describe()
+        found = f"local Ray {version} at {client.dashboard.address}: {has}"
+        return Check(name="cluster", level=Level.OK, found=found)
     answer = probe(client, settings.store)
     check(answer, settings.store)
     found = f"{client.dashboard.address}: {answer.resources.describe()}; every node reaches the store"

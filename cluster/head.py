@@ -1,4 +1,4 @@
-"""A hook that `ray start` runs before it starts the head (RAY_START_HOOK); it imports nothing of ours, as it is on the way."""
+"""A hook that `ray start` runs before it starts the head (RAY_START_HOOK); it imports nothing of ours, to be quick."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 """The local Ray: one head for each ADAPTORY_HOME, on loopback, behind a token, on ports of its own.
 
 What `ray start --head` would otherwise do, and why each thing is set differently here:
-- it listens on every interface without a token unless one exists *before* it starts (Ray ≥ 2.59 makes one for `ray.init` only);
-- it takes the node's outside address even when told 127.0.0.1. `RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0` is what it sets on a Mac,
-  and makes all of it stay on loopback on Linux too (seen with `ss -ltn` on 2.60);
+- it listens on every interface without a token, unless one exists *before* (Ray ≥ 2.59 makes one for `ray.init` only);
+- it takes the node's outside address even when told 127.0.0.1. `RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0` is its way on a
+  Mac, and makes all of it stay on loopback on Linux too (seen with `ss -ltn` on 2.60);
 - its metrics ports are fixed, open to all and not covered by the token, so metrics are off;
-- its ports are fixed (6379, 8265, 52365), so two homes would collide: free ones are chosen and written to `cluster.json`.
+- its ports are fixed (6379, 8265, 52365), so two homes would collide: free ones are chosen, and `cluster.json` says
+  which.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from orchestrator.settings import Settings
 _SOCKET_PATH_LIMIT = 107
 _SESSION_PATH_LENGTH = len("/session_2026-11-22_05-04-14_337301_1234567/sockets/plasma_store.10")
 _OBJECT_STORE_BYTES = 1 << 30
-"""Tensors travel by gloo or NCCL and data by the store, so Ray's default (a third of the memory) would only be lost to training."""
+"""Tensors travel by gloo or NCCL and data by the store: Ray's default, a third of the memory, would be lost."""
 _START_TIMEOUT_SECONDS = 120.0
 _SESSIONS_KEPT = 3
 
@@ -227,7 +228,7 @@ def _must_answer(cluster: LocalCluster) -> None:
     except ClusterError as error:
         raise ClusterError(
             f"The local Ray runs but does not answer: {error.message}",
-            hint=f"`adaptory down --force` and `adaptory up` start it anew; its logs are in {cluster.session_dir}/logs.",
+            hint=f"`adaptory down --force` and `adaptory up` start it anew; see {cluster.session_dir}/logs.",
         ) from error
 
 
@@ -259,17 +260,18 @@ def _recorded(settings: Settings) -> LocalCluster | None:
 def _temp_dir(home: Path) -> Path:
     """Ray's session directory: in the home where Unix sockets' short paths allow it, else below /tmp.
 
-    One level deeper than what is private to this user, since Ray opens its own directory to everybody (mode 777) and the
-    object store's socket has no token.
+    One level deeper than what is private to this user, since Ray opens its own directory to everybody (mode 777) and
+    the object store's socket has no token.
     """
     private = home / "ray"
     if len(str(private / "s")) + _SESSION_PATH_LENGTH > _SOCKET_PATH_LIMIT:
         private = Path("/tmp") / f"adaptory-{os.getuid()}-{hashlib.sha256(str(home).encode()).hexdigest()[:8]}"
     private.mkdir(parents=True, exist_ok=True, mode=0o700)
     if private.is_symlink() or private.stat().st_uid != os.getuid():
+        most = _SOCKET_PATH_LIMIT - _SESSION_PATH_LENGTH - len("/ray/s")
         raise ClusterError(
             f"{private} belongs to somebody else, so Ray's files are not put there.",
-            hint=f"Use a shorter ADAPTORY_HOME (at most {_SOCKET_PATH_LIMIT - _SESSION_PATH_LENGTH - len('/ray/s')} characters).",
+            hint=f"Use a shorter ADAPTORY_HOME (at most {most} characters).",
         )
     private.chmod(0o700)
     temp_dir = private / "s"

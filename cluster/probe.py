@@ -1,7 +1,7 @@
 """Before a job is queued: do the nodes run the same versions, and do they reach the store?
 
-The question is asked from where the job will run: a tiny Ray job puts one task on every alive node. Each answer becomes an
-error of its own, so that a wrong credential is not found out an hour later by a worker.
+The question is asked from where the job will run: a tiny Ray job puts one task on every alive node. Each answer becomes
+an error of its own, so that a wrong credential is not found out an hour later by a worker.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def check(answer: ProbeAnswer, store_url: str) -> None:
             if theirs != ours:
                 raise ClusterError(
                     f"Node {node.node} runs {what} {theirs}, this machine {ours}.",
-                    hint=f"Use an image with {what} {ours} (cluster/Dockerfile), or a virtual environment here with {theirs}.",
+                    hint=f"Use an image with {what} {ours} (cluster/Dockerfile), or an environment here with {theirs}.",
                     node=node.node,
                 )
         if node.store_error is not None:
@@ -161,8 +161,8 @@ def _store_error(node: NodeAnswer, store_url: str) -> StoreError:
         )
     return StoreError(
         f"Node {node.node} cannot use the store: {cause.message}",
-        hint=f"{cause.hint or ''} A local Ray takes credentials from the shell where it was started (`adaptory down`, then "
-        "`adaptory up`), a pod from its secret.".strip(),
+        hint=f"{cause.hint or ''} A local Ray takes credentials from the shell where it was started "
+        "(`adaptory down`, then `adaptory up`), a pod from its secret.".strip(),
         url=store_url,
         node=node.node,
     )

@@ -1,4 +1,4 @@
-"""`python -m cluster.probe_job STORE_URL PATH`: what runs on the cluster for `cluster.probe`; prints one line with the answer."""
+"""`python -m cluster.probe_job STORE_URL PATH`: what `cluster.probe` runs on the cluster; prints one line."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def ask_all(store_url: str, path: str) -> ProbeAnswer:
 
 
 def main() -> None:
-    # Workers import `answer_here` by name; as part of `__main__` its bytecode would travel, which another Python cannot read.
+    # Workers then import `answer_here` by name; from `__main__` its bytecode would travel, for one Python version only.
     from cluster.probe_job import ask_all as ask
 
     ray.init(log_to_driver=False)

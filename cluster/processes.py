@@ -12,14 +12,14 @@ MARKER = "ADAPTORY_CLUSTER"
 """Environment variable with the cluster's id, inherited by every process of the head."""
 
 _GRACE_SECONDS = 2.0
-"""For workers to end. The raylet itself waits over six seconds for a GCS that got the same signal (2.60), so waiting is no use."""
+"""For workers to end. The raylet waits over six seconds for a GCS that got the same signal: no use waiting for."""
 
 
 def members(cluster_id: str, session_dir: str) -> list[psutil.Process]:
     """Processes of one head: those with its marker or its session directory, and all that descend from them.
 
-    Three signs are needed: Ray workers rename themselves over their environment, daemons leave their parent, and a job's
-    own children have neither name nor argument in common with the cluster.
+    Three signs are needed: Ray workers rename themselves over their environment, daemons leave their parent, and a
+    job's own children have neither name nor argument in common with the cluster.
     """
     wanted = f"{MARKER}={cluster_id}"
     found: dict[int, psutil.Process] = {}

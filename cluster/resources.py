@@ -61,8 +61,8 @@ class WorkerShape:
 def fit(resources: ResourcesSpec, cluster: ClusterResources) -> WorkerShape:
     """The workers' shape, with `auto` settled: GPUs are used if there are any, and CPUs are shared out in full.
 
-    One worker on a CPU gets the largest node's every core; a GPU worker gets its GPUs' share of the node. What the nodes of
-    now can't hold but the autoscaler may add is accepted, and said in `waits_for`.
+    One worker on a CPU gets the largest node's every core; a GPU worker gets its GPUs' share of the node. What the
+    nodes of now can't hold but the autoscaler may add is accepted, and said in `waits_for`.
 
     Raises:
         InsufficientResources: the cluster can never hold it.
@@ -76,7 +76,7 @@ def fit(resources: ResourcesSpec, cluster: ClusterResources) -> WorkerShape:
     raise InsufficientResources(
         f"The job asks for {_asked(resources, gpus, resources.cpus_per_worker)}, more than the cluster can ever give: "
         f"it has {cluster.describe()}.",
-        hint="Lower resources.workers, resources.gpus_per_worker or resources.cpus_per_worker, or use a larger cluster.",
+        hint="Lower resources.workers, .gpus_per_worker or .cpus_per_worker, or use a larger cluster.",
         asked=resources.model_dump(),
         has=cluster.model_dump(),
     )
@@ -118,7 +118,8 @@ def _asked(resources: ResourcesSpec, gpus: int, cpus: int | str) -> str:
 
 
 def _waiting(resources: ResourcesSpec, gpus: int, cpus: int, cluster: ClusterResources) -> str:
-    return f"Waiting for the autoscaler: {_asked(resources, gpus, cpus)} are asked for, and there are {cluster.describe()}."
+    asked = _asked(resources, gpus, cpus)
+    return f"Waiting for the autoscaler: {asked} are asked for, and there are {cluster.describe()}."
 
 
 def _sum(nodes: list[NodeResources]) -> str:
@@ -159,7 +160,7 @@ def cluster_resources() -> ClusterResources:
 def _addable(alive: list[dict[str, Any]]) -> list[NodeResources]:
     """Nodes that the autoscaler's node groups still allow; best effort, as Ray has no public call for it.
 
-    KubeRay and `ray up` report their groups to the GCS (autoscaler.proto, ClusterConfig); without an autoscaler there is none.
+    KubeRay and `ray up` report their groups to the GCS (autoscaler.proto, ClusterConfig).
     """
     from ray._private.state import state
 

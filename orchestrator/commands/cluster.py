@@ -49,7 +49,7 @@ def down(
     if not force and (client := cluster.connect_if_running(settings)) is not None and (jobs := client.active()):
         raise ClusterError(
             f"Still on the local Ray: {', '.join(jobs)}.",
-            hint="`adaptory runs pause` keeps a run's last step; or `adaptory down --force`, then `adaptory runs resume`.",
+            hint="`adaptory runs pause` saves a run first; or `adaptory down --force`, then `adaptory runs resume`.",
             jobs=jobs,
         )
     stopped = local.stop(settings)

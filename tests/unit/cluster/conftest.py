@@ -1,4 +1,4 @@
-"""A dashboard that answers as Ray 2.60's does (checked against a real one in tests/integration), without Ray. Instant."""
+"""A dashboard that answers as Ray 2.60's does (tests/integration has a real one), without Ray. Instant."""
 
 from __future__ import annotations
 
