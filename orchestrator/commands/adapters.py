@@ -72,17 +72,13 @@ def show(adapter: Reference, as_json: Json = False) -> None:
 @app.command("verify", epilog="Example: adaptory adapters verify 3f2a9c")
 def verify(adapter: Reference, as_json: Json = False) -> None:
     """Check every byte, shape and number of an adapter, and that its name is the digest of its content."""
-    from orchestrator.errors import AdaptoryError
-    from orchestrator.modeling.base_model import inspect
+    from orchestrator.modeling.base_model import known_base
     from orchestrator.registry import verification
     from orchestrator.registry.adapters import get_adapter, resolve_adapter
 
     backend = Backend()
     digest = resolve_adapter(backend.store, adapter)
-    try:  # shapes are compared with the base if it is here; nothing is downloaded for that
-        base = inspect(get_adapter(backend.store, digest).base_model, backend.settings.cache).path
-    except AdaptoryError:
-        base = None
+    base = known_base(get_adapter(backend.store, digest).base_digest, backend.settings.cache)  # nothing is downloaded
     report = verification.verify(backend.store, digest, base=base)
     if as_json:
         print_json({"ok": report.ok, **report.model_dump(mode="json")})

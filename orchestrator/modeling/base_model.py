@@ -28,13 +28,22 @@ from orchestrator.modeling.model_files import (
     has_chat_template,
     read_config,
     refuse_pickles,
+    remember,
     require_chat_template,
     weight_files,
 )
 from orchestrator.modeling.pypi import pypi_package
 from orchestrator.store import Store, base_path
 
-__all__ = ["BaseModel", "BaseModelInfo", "inspect", "materialize", "publish_base", "require_chat_template"]
+__all__ = [
+    "BaseModel",
+    "BaseModelInfo",
+    "inspect",
+    "known_base",
+    "materialize",
+    "publish_base",
+    "require_chat_template",
+]
 
 Source = Literal["hub", "directory", "gguf", "pypi", "s3", "store"]
 _HUB_ID = re.compile(r"(?:[\w.-]+/)?[\w.-]+(?:@[\w./-]+)?")
@@ -111,7 +120,22 @@ def materialize(
         case "hub":
             path = _from_hub(target, reference, say)
     config = check_directory(path, reference)
-    return BaseModel(reference, path, base_digest(path, reference, cache), str(config["model_type"]), source)
+    digest = base_digest(path, reference, cache)
+    remember(_note(digest, cache), str(path))
+    return BaseModel(reference, path, digest, str(config["model_type"]), source)
+
+
+def known_base(digest: str, cache: Path) -> Path | None:
+    """The directory of a base that was materialized here before and still has this digest; nothing is fetched."""
+    try:
+        path = Path(_note(digest, cache).read_text())
+        return path if base_digest(path, str(path), cache) == digest else None
+    except (OSError, ModelError):
+        return None
+
+
+def _note(digest: str, cache: Path) -> Path:
+    return cache / "digests" / f"base-{digest.removeprefix('sha256:')}"
 
 
 def inspect(reference: str, cache: Path) -> BaseModelInfo:

@@ -221,11 +221,16 @@ def sha256_of(file: Path, cache: Path) -> str:
     except OSError:
         pass
     digest = sha256_file(real)
+    remember(note, digest)
+    return digest
+
+
+def remember(note: Path, text: str) -> None:
+    """Write a small file atomically; a cache that cannot be written only costs the time again."""
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         partial = note.with_name(f".tmp-{uuid.uuid4().hex}")
-        partial.write_text(digest)
+        partial.write_text(text)
         partial.replace(note)
     except OSError:
-        pass  # a cache that cannot be written only costs the time again
-    return digest
+        pass

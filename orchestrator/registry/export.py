@@ -10,8 +10,8 @@ from pathlib import Path
 
 from orchestrator.errors import AdapterError, AdaptoryError
 from orchestrator.modeling.adapter_files import CONFIG_FILE
-from orchestrator.modeling.base_model import BaseModel, materialize
-from orchestrator.registry.adapters import AdapterSummary, get_adapter
+from orchestrator.modeling.base_model import known_base, materialize
+from orchestrator.registry.adapters import AdapterSummary, get_adapter, read_provenance
 from orchestrator.registry.provenance import PROVENANCE_FILE
 from orchestrator.store import MANIFEST, Store, adapter_path, base_path
 
@@ -60,13 +60,15 @@ def export_adapter(
     return out
 
 
-def find_base(store: Store, summary: AdapterSummary, *, cache: Path, say: Callable[[str], None]) -> BaseModel:
-    """The base an adapter was trained on, with the digest it had then: from the store if it is kept there.
+def find_base(store: Store, summary: AdapterSummary, *, cache: Path, say: Callable[[str], None]) -> Path:
+    """The base an adapter was trained on, with the digest it had then: on this machine, in the store, or by its name.
 
     Raises:
         AdapterError: what its name now leads to has other weights.
         ModelError, PackageError: it cannot be had.
     """
+    if here := known_base(summary.base_digest, cache):
+        return here
     kept = base_path(summary.base_digest)
     reference = f"store:{kept}" if store.manifest(kept) is not None else summary.base_model
     base = materialize(reference, cache=cache, store=store, say=say)
@@ -77,13 +79,13 @@ def find_base(store: Store, summary: AdapterSummary, *, cache: Path, say: Callab
             adapter=summary.digest,
             check="base",
         )
-    return base
+    return base.path
 
 
-def _merge(adapter: Path, base: BaseModel, out: Path, dtype: str | None) -> None:
+def _merge(adapter: Path, base: Path, out: Path, dtype: str | None) -> None:
     from orchestrator.modeling.merge import merge
 
-    merge(base.path, adapter, out, dtype)
+    merge(base, adapter, out, dtype)
     shutil.copyfile(adapter / PROVENANCE_FILE, out / PROVENANCE_FILE)
 
 
@@ -91,11 +93,12 @@ def _name_the_base(
     directory: Path, store: Store, summary: AdapterSummary, cache: Path, say: Callable[[str], None]
 ) -> None:
     """Make `base_model_name_or_path` something that loads here: a hub id, else this machine's directory."""
-    file = directory / CONFIG_FILE
-    try:
-        name = find_base(store, summary, cache=cache, say=say).loadable_name
-    except AdaptoryError as error:
-        say(f"Note: the base model is not here, so {CONFIG_FILE} names it as the run did. {error.message}")
-        return
+    file, name = directory / CONFIG_FILE, read_provenance(store, summary.digest).base_model.loadable_name
+    if name is None or Path(name).is_absolute():  # of the machine that trained it
+        try:
+            name = str(find_base(store, summary, cache=cache, say=say))
+        except AdaptoryError as error:
+            say(f"Note: the base model is not here, so {CONFIG_FILE} names it as the run did. {error.message}")
+            return
     config = json.loads(file.read_bytes()) | {"base_model_name_or_path": name}
     file.write_text(json.dumps(config, indent=2) + "\n")

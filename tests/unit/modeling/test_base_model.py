@@ -17,7 +17,7 @@ import pytest
 
 from orchestrator.errors import ModelError, PackageError
 from orchestrator.modeling import base_model, gguf
-from orchestrator.modeling.base_model import inspect, materialize, publish_base, require_chat_template
+from orchestrator.modeling.base_model import inspect, known_base, materialize, publish_base, require_chat_template
 from orchestrator.modeling.catalogue import CATALOGUE
 from orchestrator.store import Store
 
@@ -289,6 +289,14 @@ def test_weights_are_hashed_once(copy: Path, cache: Path, monkeypatch: pytest.Mo
     first = materialize(str(copy), cache=cache).digest
     monkeypatch.setattr("orchestrator.modeling.model_files.sha256_file", lambda _: pytest.fail("hashed again"))
     assert materialize(str(copy), cache=cache).digest == first
+
+
+def test_a_base_that_was_here_before_is_found_by_its_digest(copy: Path, cache: Path) -> None:
+    digest = materialize(str(copy), cache=cache).digest
+    assert known_base(digest, cache) == copy
+    assert known_base("sha256:" + "0" * 64, cache) is None
+    edit_config(copy, rms_norm_eps=1e-3)
+    assert known_base(digest, cache) is None
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

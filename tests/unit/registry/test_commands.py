@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,7 @@ def test_export_when_the_base_is_gone_or_another(
     trained: Callable[..., Path],
     provenance: Callable[..., Provenance],
     ask: Callable[..., Any],
+    cache: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -136,11 +138,29 @@ def test_export_when_the_base_is_gone_or_another(
 
     gone = made.base_model.model_copy(update={"reference": "/nowhere/model"})
     digest = publish_adapter(store, trained(1), base.digest, made.model_copy(update={"base_model": gone}))
-    code, said = ask("export", digest, "--out", str(tmp_path / "b"), "--merged")
+    # Its name leads nowhere, but a base of this digest was used on this machine before.
+    assert ask("export", digest, "--out", str(tmp_path / "b"), "--merged")[0] == 0
+    shutil.rmtree(cache)
+    code, said = ask("export", digest, "--out", str(tmp_path / "c"), "--merged")
     assert (code, said["error"]["code"]) == (2, "invalid_model")
-    assert main(["adapters", "export", digest, "--out", str(tmp_path / "c")]) == 0
+    assert main(["adapters", "export", digest, "--out", str(tmp_path / "d")]) == 0
     assert "the base model is not here" in capsys.readouterr().err
-    assert (tmp_path / "c" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "d" / "adapter_model.safetensors").is_file()
 
     publish_base(store, base)  # the store's own copy is found by its digest
-    assert ask("export", digest, "--out", str(tmp_path / "d"), "--merged")[0] == 0
+    assert ask("export", digest, "--out", str(tmp_path / "e"), "--merged")[0] == 0
+
+
+def test_export_keeps_the_hubs_name_of_the_base(
+    store: Store,
+    base: BaseModel,
+    trained: Callable[..., Path],
+    provenance: Callable[..., Provenance],
+    ask: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    made = provenance()
+    record = made.base_model.model_copy(update={"loadable_name": "acme/tiny", "reference": "acme/tiny"})
+    digest = publish_adapter(store, trained(), base.digest, made.model_copy(update={"base_model": record}))
+    assert ask("export", digest, "--out", str(tmp_path / "out"))[0] == 0
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == "acme/tiny"
