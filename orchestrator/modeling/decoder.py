@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from orchestrator.errors import ModelError
 from orchestrator.modeling.architecture import Architecture
-from orchestrator.modeling.attention import Attention, AttentionShape
+from orchestrator.modeling.attention import Attention, AttentionShape, Documents
 from orchestrator.modeling.kernels import gated_activation, linear_cross_entropy, rms_norm, rotate
 from orchestrator.modeling.lora import FusedLinear, LoraShape, Projection, Segment
 
@@ -199,6 +199,11 @@ class Decoder(nn.Module):
         """
         hidden = self(ids, attention.positions, attention, segments)
         return self.head(hidden[at], labels, token_weights)
+
+    def logits(self, ids: Tensor, keep: Tensor, slot: str | None) -> Tensor:
+        """Logits of one document at positions `keep`: ids [tokens] → [kept, vocab]."""
+        document = Documents([len(ids)], ids.device)
+        return self.head(self(ids, document.positions, document, [Segment(slot, 0, len(ids))])[keep])
 
     def linears(self) -> Iterator[FusedLinear]:
         return (module for module in self.modules() if isinstance(module, FusedLinear))

@@ -134,7 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = (hidden[rows] @ weight.t()).float()
             if softcap:
                 capped = logits.div_(softcap).tanh_()
-                slope = 1 - capped.square() if needs_hidden or needs_weight else None
+                slope = 1 - capped.square()
                 logits = capped * softcap
             normaliser = torch.logsumexp(logits, -1, keepdim=True)
             target = labels[rows, None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ def load_model(
     device: torch.device | str = "cpu",
     quantize: Callable[[Tensor], Any] | None = None,
     plain: bool = False,
+    building: AbstractContextManager[Any] | None = None,
 ) -> Decoder | PlainDecoder:
     """A frozen decoder from `config.json` and safetensors.
 
@@ -35,6 +36,7 @@ def load_model(
         directory: a materialised base model.
         quantize: packs each linear's weight (see `orchestrator.modeling.quantization`).
         plain: take the plain path even where the fused one could run.
+        building: entered while the network is made (ZeRO-3 partitions each weight as it is read).
 
     Raises:
         ModelError: no decoder, or weights that are missing or do not fit the config.
@@ -43,9 +45,11 @@ def load_model(
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     architecture = None if plain else fused_architecture(config)
+    building = building or nullcontext()
     if architecture is None:
-        return PlainDecoder.load(directory, dtype=dtype, device=device, quantize=quantize)
-    with open_weights(directory) as read:
+        with building:
+            return PlainDecoder.load(directory, dtype=dtype, device=device, quantize=quantize)
+    with open_weights(directory) as read, building:
         try:
             return Decoder(architecture, lambda name: read(name).to(device=device, dtype=dtype), quantize)
         except RuntimeError as error:
@@ -105,7 +109,7 @@ def full_tensors(model: Decoder | PlainDecoder, values: dict[str, Tensor] | None
     parameters = {name: p.detach() for name, p in model.named_parameters()} if values is None else values
     if isinstance(model, PlainDecoder):
         return model.named_tensors(parameters)
-    out = {}
+    out: dict[str, Tensor] = {}
     for name, value in parameters.items():
         module = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, FusedLinear):

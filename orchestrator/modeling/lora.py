@@ -230,7 +230,8 @@ class FusedLinear(nn.Module):
 
     def forward(self, x: Tensor, segments: Sequence[Segment]) -> Tensor:
         """[tokens, in] → [tokens, out]."""
-        updates, tensors = [], []
+        updates: list[_Update] = []
+        tensors: list[Tensor] = []
         for segment in segments:
             if segment.slot is not None and (slot := self.slots.get(segment.slot)):
                 updates.append(slot.update(slice(segment.start, segment.stop), self.training))

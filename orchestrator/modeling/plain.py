@@ -6,6 +6,7 @@ Slower than the fused decoder and right for every architecture: recurrent ones, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class PlainDecoder(nn.Module):
         for name, linear in found:
             parent, _, child = name.rpartition(".")
             fused = FusedLinear(
-                quantize(linear.weight.detach()) if quantize else linear.weight,
+                quantize(linear.weight.detach()) if quantize else nn.Parameter(linear.weight, requires_grad=False),
                 linear.bias,
                 [Projection(name, 0, linear.out_features)],
                 dtype=linear.weight.dtype,
@@ -95,9 +96,15 @@ class PlainDecoder(nn.Module):
         """Logits of one document at positions `keep`: ids [tokens] → [kept, vocab]."""
         if self.gradient_checkpointing and not self.model.is_gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        with self.using(slot):
+            return self.model(input_ids=ids[None], use_cache=False, logits_to_keep=keep).logits[0]
+
+    @contextmanager
+    def using(self, slot: str | None) -> Iterator[None]:
+        """Every token inside the block uses this adapter."""
         self._current[0] = slot
         try:
-            return self.model(input_ids=ids[None], use_cache=False, logits_to_keep=keep).logits[0]
+            yield
         finally:
             self._current[0] = None
 

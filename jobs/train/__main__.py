@@ -1,0 +1,3 @@
+from jobs.train.driver import cli
+
+cli()

@@ -1,0 +1,236 @@
+"""The job's entry point: `python -m jobs.train --store URL --run ID --attempt N`. Starts the workers and waits for them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from jobs.train.fence import check_still_ours
+from orchestrator.errors import AdaptoryError, JobFailed, OutOfMemory, Superseded
+from orchestrator.runs.events import EventWriter
+from orchestrator.runs.logs import StoreLogHandler
+from orchestrator.runs.result import RunResult
+from orchestrator.runs.states import RunState
+from orchestrator.settings import load_settings
+from orchestrator.spec.resolved import ResolvedSpec
+from orchestrator.store import Store, result_path, spec_path, train_storage_path
+
+log = logging.getLogger(__name__)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status 0 when the attempt ended as it should (paused included), 1 when it failed; the result says why."""
+    began = time.time()
+    parser = argparse.ArgumentParser(prog="python -m jobs.train")
+    parser.add_argument("--store", required=True, help="URL of the artifact store")
+    parser.add_argument("--run", required=True, help="run id")
+    parser.add_argument("--attempt", required=True, type=int)
+    options = parser.parse_args(arguments)
+    store = Store(options.store)
+    with _Logging(store, options.run, options.attempt, "driver"):
+        events = EventWriter(store, options.run, options.attempt, "driver")
+        try:
+            result = _run(store, options.run, options.attempt, events, began)
+        except AdaptoryError as error:
+            log.error("%s", error)
+            events.emit("message", str(error), level="error")
+            result = _failed(options.attempt, error)
+        finally:
+            events.close()
+        try:
+            _write_unless_there(store, options.run, result)
+        except Superseded as error:
+            log.warning("%s", error)
+    return 1 if result.state is RunState.FAILED else 0
+
+
+def _run(store: Store, run: str, attempt: int, events: EventWriter, began: float) -> RunResult:
+    """Start Ray Train's workers; rank 0 writes the result into the store."""
+    import ray
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from cluster.resources import cluster_resources, fit
+
+    resolved = ResolvedSpec.model_validate(store.read_json(spec_path(run)))
+    events.emit("state", "The job has started.", state="running")
+    ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    shape = fit(resolved.spec.resources, cluster_resources())
+    if shape.waits_for:
+        events.emit("message", shape.waits_for)
+    storage, filesystem = _train_storage(store, run)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "store": store.url,
+            "run": run,
+            "attempt": attempt,
+            "cpus": shape.cpus_per_worker,
+            "gpus": shape.gpus_per_worker,
+            "began": began,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=shape.workers,
+            use_gpu=shape.gpus_per_worker > 0,
+            resources_per_worker={"CPU": shape.cpus_per_worker}
+            | ({"GPU": shape.gpus_per_worker} if shape.gpus_per_worker else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"a{attempt}",
+            storage_path=storage,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=resolved.spec.resources.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+        ),
+        torch_config=TorchConfig(backend="nccl" if shape.gpus_per_worker else "gloo"),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise _explained(error, resolved) from error
+    return RunResult.model_validate(store.read_json(result_path(run)))
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """On each worker, in a process that Ray Train started."""
+    entered = time.time()
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from jobs.train.setup import Place, use_threads
+    from jobs.train.worker import run_worker
+
+    imported = time.time()
+    use_threads(config["cpus"])
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    store, run, attempt = Store(config["store"]), config["run"], config["attempt"]
+
+    def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+        if workers > 1:
+            moved = tensor.to(place.device)
+            torch.distributed.all_reduce(moved)
+            tensor = moved.cpu()
+        return tensor
+
+    device = ray.train.torch.get_device() if config["gpus"] else torch.device("cpu")
+    place = Place(rank=rank, workers=workers, device=device, all_reduce=all_reduce)
+    resolved = ResolvedSpec.model_validate(store.read_json(spec_path(run)))
+
+    def report(metrics: dict[str, Any], checkpoint: str) -> None:
+        # The store owns the bytes; Ray Train is handed a pointer to them. What is resumed from is the newest complete
+        # checkpoint of the store, so a pointer that came before its upload was done does no harm.
+        with tempfile.TemporaryDirectory(prefix="adaptory-") as folder:
+            (Path(folder) / "pointer.json").write_text(json.dumps({"store": store.url, "path": checkpoint}))
+            pointer = ray.train.Checkpoint.from_directory(folder) if rank == 0 else None
+            ray.train.report(metrics, checkpoint=pointer)
+
+    with _Logging(store, run, attempt, f"rank{rank}"):
+        events = EventWriter(store, run, attempt, "rank0") if rank == 0 else None
+        try:
+            cache = load_settings().cache
+            cache.mkdir(parents=True, exist_ok=True)
+            result = run_worker(
+                resolved,
+                attempt,
+                store=store,
+                cache=cache,
+                place=place,
+                events=events,
+                seconds={
+                    "job_start": round(config["began"] - resolved.created_at, 2),
+                    "worker_start": round(entered - config["began"], 2),
+                    "imports": round(imported - entered, 2),
+                },
+                report=report,
+            )
+        finally:
+            if events:
+                events.close()
+        if result:
+            write_result(store, run, result)
+
+
+class _Logging:
+    """This process's log lines, in the store and on stderr."""
+
+    def __init__(self, store: Store, run: str, attempt: int, writer: str):
+        self._handler = StoreLogHandler(store, run, attempt, writer)
+        self._handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+
+    def __enter__(self) -> None:
+        root = logging.getLogger()
+        root.addHandler(self._handler)
+        root.setLevel(min(root.level or logging.INFO, logging.INFO))
+        for noisy in ("ray", "filelock", "urllib3", "botocore", "aiobotocore", "s3fs", "fsspec", "httpx"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger().removeHandler(self._handler)
+        self._handler.close()
+
+
+def _train_storage(store: Store, run: str) -> tuple[str, Any]:
+    """Where Ray Train keeps its own small files: below the run, in the same store."""
+    path = store.full(train_storage_path(run))
+    if store.local:
+        return path, None
+    import pyarrow.fs
+
+    return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(store.fs))
+
+
+def _explained(error: Exception, resolved: ResolvedSpec) -> AdaptoryError:
+    """What ended the workers, as one of ours: their own error if it is one, else what Ray says."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    for failure in failures:
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, AdaptoryError):
+                return cause
+            cause = getattr(cause, "cause", None) or cause.__cause__
+    text = str(failures[0] if failures else error).strip()
+    if "memory" in text.lower() and ("killed" in text.lower() or "OOM" in text or "OutOfMemory" in text):
+        return OutOfMemory(
+            "The machine ran out of memory and a worker was killed.",
+            hint="Lower train.micro_batch_tokens or train.max_length, set train.gradient_checkpointing: true, or use "
+            "fewer resources.workers on a node.",
+        )
+    return JobFailed(
+        f"The workers failed {resolved.spec.resources.max_failures + 1} times, last with: {text.splitlines()[-1]}",
+        hint="`adaptory runs logs` shows what each worker printed.",
+        log=text[-4000:],
+    )
+
+
+def write_result(store: Store, run: str, result: RunResult) -> None:
+    """The last word of an attempt.
+
+    Raises:
+        Superseded: a newer attempt owns the run.
+    """
+    check_still_ours(store, run, result.attempt)
+    store.write_json(result_path(run), result.model_dump(mode="json"))
+
+
+def _failed(attempt: int, error: AdaptoryError) -> RunResult:
+    return RunResult(attempt=attempt, state=RunState.FAILED, error=error.to_dict(), finished_at=time.time())
+
+
+def _write_unless_there(store: Store, run: str, result: RunResult) -> None:
+    if store.exists(result_path(run)) and store.read_json(result_path(run)).get("attempt") == result.attempt:
+        return
+    write_result(store, run, result)
+
+
+def cli() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""How gradients become new weights: alone, or (in `jobs.train.zero`) by DeepSpeed over several workers.
+
+Trained weights have fp32 masters; the forward pass uses copies in the working dtype. State is exchanged by parameter
+name and does not depend on the number of workers.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.spec.job import TrainSpec
+
+State = dict[str, dict[str, Tensor]]
+"""`weights`, `exp_avg`, `exp_avg_sq`: parameter name → fp32 tensor on the CPU."""
+
+
+class Engine(Protocol):
+    """What the loop needs of an optimiser."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of one micro-batch's share of the step's loss."""
+
+    def step(self, learning_rate: float) -> float:
+        """Apply the accumulated gradient; returns its global norm before clipping.
+
+        A norm that is not finite leaves the weights as they were.
+        """
+
+    def state(self) -> State | None:
+        """Copies of masters and moments; every rank must call it, rank 0 gets them and the others None."""
+
+    def load(self, state: State, step: int) -> None:
+        """Continue from what `state` gave after `step` steps; every rank must call it."""
+
+
+class SingleEngine:
+    """AdamW on one worker.
+
+    Args:
+        parameters: the trained Parameters by name.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], train: TrainSpec):
+        self._parameters = parameters
+        self._masters = {
+            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in parameters.items()
+        }
+        self._optimizer = torch.optim.AdamW(
+            list(self._masters.values()),
+            lr=train.learning_rate,
+            betas=train.betas,
+            eps=train.eps,
+            weight_decay=train.weight_decay,
+            fused=True,
+        )
+        self._max_norm = train.max_grad_norm
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+        for name, parameter in self._parameters.items():
+            master = self._masters[name]
+            if master is parameter or parameter.grad is None:
+                continue  # fp32 weights accumulate in place
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
+
+    def step(self, learning_rate: float) -> float:
+        norm = nn.utils.clip_grad_norm_(self._masters.values(), self._max_norm or float("inf"))
+        if torch.isfinite(norm):
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._optimizer.step()
+            self._copy_back()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm.item()
+
+    def state(self) -> State | None:
+        moments = {name: self._optimizer.state.get(master, {}) for name, master in self._masters.items()}
+        return {
+            "weights": {name: _copy(master) for name, master in self._masters.items()},
+            **{
+                kind: {
+                    name: _copy(held.get(kind, torch.zeros_like(self._masters[name]))) for name, held in moments.items()
+                }
+                for kind in ("exp_avg", "exp_avg_sq")
+            },
+        }
+
+    def load(self, state: State, step: int) -> None:
+        with torch.no_grad():
+            for name, master in self._masters.items():
+                master.copy_(state["weights"][name])
+                held = self._optimizer.state[master]
+                held["step"] = torch.tensor(float(step), device=master.device)
+                for kind in ("exp_avg", "exp_avg_sq"):
+                    held[kind] = state[kind][name].to(master.device, copy=True)
+        self._copy_back()
+
+    def _copy_back(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                if self._masters[name] is not parameter:
+                    parameter.copy_(self._masters[name])
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()

@@ -1,0 +1,188 @@
+"""Everything a worker needs before the first step: device, threads, base model, data, network, engine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from jobs.train.batches import Batches
+from jobs.train.engines import Engine, SingleEngine
+from jobs.train.loop import SLOT
+from jobs.train.publish import lora_shape
+from orchestrator.errors import ModelError
+from orchestrator.modeling.base_model import BaseModel
+from orchestrator.modeling.decoder import Decoder, adapter_parameters, add_adapter
+from orchestrator.modeling.loading import DTYPES, full_parameters, load_model, train_everything
+from orchestrator.modeling.plain import PlainDecoder
+from orchestrator.spec.job import FullTuning, JobSpec, QloraTuning
+
+_VALIDATION_TOKENS = 2048
+"""In one forward pass without gradients: nothing is kept for a backward one."""
+
+
+@dataclass
+class Place:
+    """Where this worker runs."""
+
+    rank: int = 0
+    workers: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    """Sum over the workers."""
+
+    def agree(self, wish: str | None) -> str | None:
+        """Rank 0's wish, on every rank: they must leave the loop after the same step."""
+        code = torch.tensor([_WISHES.index(wish) if self.rank == 0 else 0], dtype=torch.float64)
+        return _WISHES[int(self.all_reduce(code).item())]
+
+
+_WISHES: list[str | None] = [None, "pause", "cancel"]
+
+
+@dataclass
+class Trainable:
+    """A network with what trains it."""
+
+    network: Any
+    """Decoder or PlainDecoder itself."""
+    model: Any
+    """What the loop calls: the network, or the engine that stands for it (DeepSpeed)."""
+    engine: Engine
+    slot: str | None
+    """The trained adapter's slot; None for full tuning."""
+    parameters: dict[str, torch.nn.Parameter]
+
+
+def use_threads(cpus: int) -> None:
+    """One worker uses all the cores it reserved; Ray's own default is one thread a worker."""
+    torch.set_num_threads(max(1, cpus))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cpus))
+
+
+def uses_deepspeed(spec: JobSpec, place: Place) -> bool:
+    return place.workers > 1 or (isinstance(spec.tuning, FullTuning) and place.device.type == "cuda")
+
+
+def make_trainable(spec: JobSpec, base: BaseModel, place: Place, accumulation: Callable[[Any], int]) -> Trainable:
+    """Load the base, add the adapter (or free every weight), and choose the engine.
+
+    Args:
+        accumulation: network → micro-batches per step of each rank; asked for only under DeepSpeed.
+    """
+    network = load_network(spec, base, place)
+    if isinstance(spec.tuning, FullTuning):
+        train_everything(network)
+        slot, parameters = None, full_parameters(network)
+    else:
+        slot = SLOT
+        add_adapter(network, SLOT, lora_shape(spec.tuning), spec.train.seed)
+        parameters = adapter_parameters(network, SLOT)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+    network.gradient_checkpointing = spec.train.gradient_checkpointing
+    if uses_deepspeed(spec, place):
+        from jobs.train.zero import ZeroEngine
+
+        zero = ZeroEngine(network, parameters, spec.train, spec.deepspeed, accumulation(network))
+        return Trainable(network, zero, zero, slot, parameters)
+    return Trainable(network, network, SingleEngine(parameters, spec.train), slot, parameters)
+
+
+def load_network(spec: JobSpec, base: BaseModel, place: Place, *, whole: bool = False) -> Decoder | PlainDecoder:
+    """The frozen base in the spec's dtype.
+
+    Args:
+        whole: on this rank alone, even if training partitions it (ZeRO-3).
+    """
+    quantize = None
+    if isinstance(spec.tuning, QloraTuning):
+        from orchestrator.modeling.quantization import nf4
+
+        quantize = nf4(double_quant=spec.tuning.double_quant)
+    building: Any = contextlib.nullcontext()
+    if uses_deepspeed(spec, place) and not whole:
+        from jobs.train.zero import partitioned
+
+        building = partitioned(spec.train, spec.deepspeed)
+    return load_model(
+        base.path, dtype=DTYPES[spec.train.dtype], device=place.device, quantize=quantize, building=building
+    )
+
+
+def make_batches(spec: JobSpec, lengths: Any, network: Any, place: Place) -> Batches:
+    """The run's optimiser steps, dealt to this many workers."""
+    train = spec.train
+    return Batches(
+        lengths,
+        batch_size=train.batch_size,
+        epochs=train.epochs,
+        max_steps=train.max_steps,
+        seed=train.seed,
+        workers=place.workers,
+        micro_batch_tokens=micro_batch_tokens(spec, network, place, int(max(lengths))),
+        packing=train.packing and network.packs,
+        uniform=uses_deepspeed(spec, place),
+    )
+
+
+def validation_batches(lengths: Any, network: Any, place: Place) -> Batches:
+    """All rows once, in an order that does not matter."""
+    return Batches(
+        lengths,
+        batch_size=64,
+        epochs=1,
+        seed=0,
+        workers=place.workers,
+        micro_batch_tokens=_VALIDATION_TOKENS,
+        packing=network.packs,
+        uniform=place.workers > 1,
+    )
+
+
+def micro_batch_tokens(spec: JobSpec, network: Any, place: Place, longest: int) -> int:
+    """`auto`: what a third of the free memory holds, and no more than what a forward pass gains from.
+
+    Matmuls of a CPU are at their peak from a few hundred tokens; those of a GPU want thousands.
+    """
+    if spec.train.micro_batch_tokens != "auto":
+        return spec.train.micro_batch_tokens
+    most = 1024 if place.device.type == "cpu" else 16384
+    if not isinstance(network, Decoder):
+        return most
+    if place.device.type == "cpu":
+        free = psutil.virtual_memory().available / place.workers
+    else:
+        free = torch.cuda.mem_get_info(place.device)[0]
+    fits = int(free / 3 / activation_bytes(network, longest, spec.train.gradient_checkpointing))
+    return max(64, min(most, fits))
+
+
+def activation_bytes(network: Decoder, longest: int, recompute: bool) -> int:
+    """Bytes that the backward pass needs of each token, about: what the functions of one layer save, times layers."""
+    a = network.architecture
+    size = network.norm.weight.element_size()
+    per_layer = 4 * a.hidden_size + 2 * (a.q_size + 2 * a.kv_size) + 2 * a.q_size
+    per_layer += 3 * a.intermediate_size + a.num_heads * min(longest, 512)
+    return size * (a.num_layers * a.hidden_size + per_layer if recompute else a.num_layers * per_layer)
+
+
+@contextlib.contextmanager
+def explained(base: Path) -> Iterator[None]:
+    """A missing optional package, as a typed error."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        extra = {"deepspeed": "deepspeed", "bitsandbytes": "qlora"}.get(error.name or "", "")
+        raise ModelError(
+            f"This run needs the package {error.name}, which the cluster's environment does not have.",
+            hint=f"Install it: pip install 'adaptory[{extra}]'." if extra else None,
+            model=str(base),
+        ) from error
