@@ -71,14 +71,26 @@ class Layer(nn.Module):
         a = architecture
         self.shape = AttentionShape(a.num_heads, a.num_kv_heads, a.head_dim, a.attention_scale, a.attention_softcap)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, segments: Sequence[Segment]) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention: Attention,
+        segments: Sequence[Segment],
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """[tokens, hidden_size] → the same, or [kept, hidden_size]: what follows attention is done for `keep` alone."""
         a = self.architecture
         heads = self.qkv(self.attention_norm(x), segments).view(len(x), -1, a.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = heads.split([a.num_heads, a.num_kv_heads, a.num_kv_heads], 1)
             heads = torch.cat([self.q_norm(q), self.k_norm(k), v], 1)
         heads = rotate(heads, a.num_heads + a.num_kv_heads, cos, sin)
-        attended = self.o(attention(self.index, heads, self.shape, a.windows[self.index]), segments)
+        context = attention(self.index, heads, self.shape, a.windows[self.index])
+        if keep is not None:
+            x, context, segments = x[keep], context[keep], kept_segments(segments, keep)
+        attended = self.o(context, segments)
         x = x + (attended if self.attention_post_norm is None else self.attention_post_norm(attended))
         hidden = gated_activation(self.gate_up(self.mlp_norm(x), segments), a.activation)
         fed = self.down(hidden, segments)
@@ -161,19 +173,28 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(
-        self, ids: Tensor, positions: Tensor, attention: Attention, segments: Sequence[Segment] | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        segments: Sequence[Segment] = (),
+        keep: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states, normalised: ids and positions [tokens] → [tokens, hidden_size]."""
+        """Last hidden states, normalised: ids and positions [tokens] → [tokens, hidden_size].
+
+        Args:
+            keep: [kept], ascending; only these positions are wanted, and the last layer computes no others.
+        """
         x = self.embedding(ids)
-        segments = segments if segments is not None else ()
         tables = [rope.table(positions) for rope in self.architecture.ropes]
         tables = [(cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)) for cos, sin in tables]
         for i, layer in enumerate(self.layers):
             cos, sin = tables[self.architecture.rope_of_layer[i]]
+            wanted = keep if i == len(self.layers) - 1 else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attention, segments, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, attention, segments, wanted, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, attention, segments)
+                x = layer(x, cos, sin, attention, segments, wanted)
         return self.norm(x)
 
     def loss(
@@ -183,7 +204,7 @@ class Decoder(nn.Module):
         labels: Tensor,
         at: Tensor,
         token_weights: Tensor,
-        segments: Sequence[Segment] | None = None,
+        segments: Sequence[Segment] = (),
     ) -> tuple[Tensor, Tensor]:
         """Weighted next-token loss of packed documents.
 
@@ -191,22 +212,29 @@ class Decoder(nn.Module):
             ids: [tokens].
             attention: `Documents`.
             labels: [labelled], the token that should follow each position of `at`.
-            at: [labelled], positions in the packed batch.
+            at: [labelled], positions in the packed batch, ascending.
             token_weights: [labelled], fp32.
 
         Returns:
             The weighted sum, and each token's loss ([labelled], fp32).
         """
-        hidden = self(ids, attention.positions, attention, segments)
-        return self.head(hidden[at], labels, token_weights)
+        hidden = self(ids, attention.positions, attention, segments, at)
+        return self.head(hidden, labels, token_weights)
 
     def logits(self, ids: Tensor, keep: Tensor, slot: str | None) -> Tensor:
         """Logits of one document at positions `keep`: ids [tokens] → [kept, vocab]."""
         document = Documents([len(ids)], ids.device)
-        return self.head(self(ids, document.positions, document, [Segment(slot, 0, len(ids))])[keep])
+        return self.head(self(ids, document.positions, document, [Segment(slot, 0, len(ids))], keep))
 
     def linears(self) -> Iterator[FusedLinear]:
         return (module for module in self.modules() if isinstance(module, FusedLinear))
+
+
+def kept_segments(segments: Sequence[Segment], keep: Tensor) -> list[Segment]:
+    """The same adapters over the kept tokens, `keep` being ascending positions."""
+    borders = torch.tensor([border for s in segments for border in (s.start, s.stop)], device=keep.device)
+    places = torch.searchsorted(keep, borders.to(keep.dtype)).tolist()
+    return [Segment(s.slot, *places[2 * n : 2 * n + 2]) for n, s in enumerate(segments)]
 
 
 def projection_names(model: nn.Module) -> list[str]:

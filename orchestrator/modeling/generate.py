@@ -58,9 +58,9 @@ def _batch(model: Decoder, prompts: list[Prompt], max_new_tokens: int, end: froz
     device = model.norm.weight.device
     cache = _Cache(model, lengths, max(lengths) + max_new_tokens, device)
     ids = torch.tensor([t for p in prompts for t in p.ids], device=device)
-    hidden = model(ids, cache.documents.positions, cache, _segments(prompts, lengths))
     last = torch.tensor(lengths, device=device).cumsum(0) - 1
-    chosen = model.head(hidden[last]).argmax(-1)
+    hidden = model(ids, cache.documents.positions, cache, _segments(prompts, lengths), last)
+    chosen = model.head(hidden).argmax(-1)
 
     answers: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))

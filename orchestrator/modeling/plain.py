@@ -115,7 +115,7 @@ class PlainDecoder(nn.Module):
         labels: Tensor,
         at: Tensor,
         token_weights: Tensor,
-        segments: Sequence[Segment] | None = None,
+        segments: Sequence[Segment] = (),
     ) -> tuple[Tensor, Tensor]:
         """As `Decoder.loss`, for a batch of exactly one document."""
         assert len(attention.lengths) == 1, "the plain path takes one document at a time"

@@ -154,7 +154,7 @@ def test_the_plain_path_is_the_fused_one(tiny_model, architecture):
     assert isinstance(plain, PlainDecoder)
     tensors = adapter_tensors(fused, "a")
     assert tensors.keys() == adapter_tensors(plain, "a").keys()
-    for name, module in plain.named_modules():
+    for module in plain.modules():
         if getattr(module, "slots", None):
             projection = module.projections[0].name
             a, b = module.parameters_of("a")
