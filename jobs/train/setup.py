@@ -24,7 +24,7 @@ from orchestrator.modeling.base_model import BaseModel
 from orchestrator.modeling.decoder import Decoder, adapter_parameters, add_adapter
 from orchestrator.modeling.loading import DTYPES, full_parameters, load_model, train_everything
 from orchestrator.modeling.plain import PlainDecoder
-from orchestrator.spec.job import FullTuning, JobSpec, QloraTuning
+from orchestrator.spec.job import FullTuning, JobSpec, QloraTuning, TrainSpec
 
 _VALIDATION_TOKENS = 4096
 """In one forward pass without gradients: nothing is kept for a backward one."""
@@ -148,7 +148,7 @@ def make_batches(spec: JobSpec, lengths: Any, network: Any, place: Place) -> Bat
         max_steps=train.max_steps,
         seed=train.seed,
         workers=place.workers,
-        micro_batch_tokens=micro_batch_tokens(spec, network, place, int(max(lengths))),
+        micro_batch_tokens=micro_batch_tokens(train, network, place, int(max(lengths))),
         packing=train.packing and network.packs,
         uniform=uses_deepspeed(spec, place),
     )
@@ -168,13 +168,13 @@ def validation_batches(lengths: Any, network: Any, place: Place) -> Batches:
     )
 
 
-def micro_batch_tokens(spec: JobSpec, network: Any, place: Place, longest: int) -> int:
+def micro_batch_tokens(train: TrainSpec, network: Any, place: Place, longest: int) -> int:
     """`auto`: what a third of the free memory holds, and no more than what a forward pass gains from.
 
     Matmuls of a CPU are at their peak from a few hundred tokens; those of a GPU want thousands.
     """
-    if spec.train.micro_batch_tokens != "auto":
-        return spec.train.micro_batch_tokens
+    if train.micro_batch_tokens != "auto":
+        return train.micro_batch_tokens
     most = 2048 if place.device.type == "cpu" else 16384
     if not isinstance(network, Decoder):
         return most
@@ -182,7 +182,7 @@ def micro_batch_tokens(spec: JobSpec, network: Any, place: Place, longest: int) 
         free = psutil.virtual_memory().available / place.workers
     else:
         free = torch.cuda.mem_get_info(place.device)[0]
-    fits = int(free / 3 / activation_bytes(network, longest, spec.train.gradient_checkpointing))
+    fits = int(free / 3 / activation_bytes(network, longest, train.gradient_checkpointing))
     return max(64, min(most, fits))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import time
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import numpy as np
 from jobs.train.batches import Batches
 from jobs.train.engines import SingleEngine
 from jobs.train.loop import SLOT, Hooks, Progress, train
+from jobs.train.setup import Place, micro_batch_tokens, use_threads
 from orchestrator.modeling.decoder import adapter_parameters, add_adapter
 from orchestrator.modeling.loading import load_model
 from orchestrator.modeling.lora import LoraShape
@@ -83,9 +85,17 @@ def main() -> None:
     options = parser.parse_args()
 
     rows, spec = Rows(options.rows), TrainSpec(learning_rate=options.learning_rate, schedule="constant", warmup=0.0)
-    chosen = {"micro_batch_tokens": options.micro_batch_tokens} if options.micro_batch_tokens else {}
-    batches = InOrder(rows.lengths, batch_size=options.batch_size, epochs=1, seed=0, max_steps=options.steps, **chosen)
+    use_threads(os.cpu_count() or 1)
     model = load_model(options.model)
+    tokens = options.micro_batch_tokens or micro_batch_tokens(spec, model, Place(), int(rows.lengths.max()))
+    batches = InOrder(
+        rows.lengths,
+        batch_size=options.batch_size,
+        epochs=1,
+        seed=0,
+        max_steps=options.steps,
+        micro_batch_tokens=tokens,
+    )
     tuning = LoraTuning(rank=options.rank, alpha=2 * options.rank)
     add_adapter(model, SLOT, LoraShape(tuning.rank, tuning.alpha), seed=0)
     engine, steps = SingleEngine(adapter_parameters(model, SLOT), spec), Steps()
