@@ -73,7 +73,10 @@ def write_full_weights(directory: Path, base: Path, tensors: dict[str, Tensor]) 
     for file in base.iterdir():
         if file.is_file() and file.suffix in (".json", ".jinja", ".model", ".txt") and "safetensors" not in file.name:
             shutil.copyfile(file, directory / file.name)
-    save_torch_state_dict({name: tensor.contiguous() for name, tensor in tensors.items()}, directory)
+    # a fused matrix was split into views, and safetensors refuses tensors that share memory
+    save_torch_state_dict(
+        {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, directory
+    )
 
 
 @torch.no_grad()

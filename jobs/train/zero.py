@@ -31,6 +31,9 @@ from deepspeed.utils import (  # noqa: E402
     safe_set_local_optimizer_state,
 )
 
+# Its all-reduce in shared memory is compiled at the first use, for most of a minute; gloo does as well for so little.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -112,14 +115,12 @@ class ZeroEngine:
         return out if keep else None
 
     def load(self, state: State, step: int) -> None:
-        inner = self._optimizer.optimizer
-        for group in inner.param_groups:
-            for flat in group["params"]:
-                # DeepSpeed makes the moments in its first step; a resumed run needs them before
-                inner.state[flat] = {
-                    "step": torch.tensor(float(step)),
-                    **{kind: torch.zeros_like(flat) for kind in _MOMENTS},
-                }
+        for flat in self._flat_masters():
+            # DeepSpeed makes the moments in its first step; a resumed run needs them before
+            self._optimizer.optimizer.state[flat] = {
+                "step": torch.tensor(float(step)),
+                **{kind: torch.zeros_like(flat) for kind in _MOMENTS},
+            }
         if not self._sharded_weights:
             self._optimizer._lazy_init_hp_params_optimizer_state()
         for name, parameter in self._parameters.items():
@@ -128,6 +129,12 @@ class ZeroEngine:
                 self._set(parameter, state[kind][name], kind)
             with gathered([parameter], modifier_rank=0) if self._sharded_weights else contextlib.nullcontext():
                 parameter.data.copy_(state["weights"][name])
+
+    def _flat_masters(self) -> list[Tensor]:
+        """This rank's part of the masters, as the optimiser inside sees them."""
+        if self._sharded_weights:  # there the optimiser holds a part only while it steps it
+            return list(self._optimizer.fp32_partitioned_groups_flat)
+        return [flat for group in self._optimizer.optimizer.param_groups for flat in group["params"]]
 
     def _set(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
         """Set a master, or one of its moments, from a full tensor; each rank keeps its part."""
