@@ -18,6 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from jobs.data.formats import Conversation, Message
 from jobs.data.rows import Tokens
 from orchestrator.errors import AdaptoryError, DataError, ModelError
+from orchestrator.modeling import light_transformers
 
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -260,6 +261,7 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         ModelError: there is none that can be loaded.
     """
+    light_transformers.prepare()
     from transformers import AutoTokenizer
 
     try:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.train.fence import check_still_ours
 from orchestrator.errors import AdaptoryError, JobFailed, OutOfMemory, Superseded
@@ -22,7 +22,13 @@ from orchestrator.settings import load_settings
 from orchestrator.spec.resolved import ResolvedSpec
 from orchestrator.store import Store, result_path, spec_path, train_storage_path
 
+if TYPE_CHECKING:
+    from cluster.resources import WorkerShape
+
 log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.2
+"""Between Ray Train's looks at its workers. `report` waits for the next look, so its default of 2 s stalls every checkpoint."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,20 +59,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(store: Store, run: str, attempt: int, events: EventWriter, began: float) -> RunResult:
     """Start Ray Train's workers; rank 0 writes the result into the store."""
+    resolved = ResolvedSpec.model_validate(store.read_json(spec_path(run)))
+    events.emit("state", "The job has started.", state="running")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_POLL_SECONDS))
     import ray
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
 
     from cluster.resources import cluster_resources, fit
 
-    resolved = ResolvedSpec.model_validate(store.read_json(spec_path(run)))
-    events.emit("state", "The job has started.", state="running")
-    ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env={"env_vars": _for_workers()})
     shape = fit(resolved.spec.resources, cluster_resources())
     if shape.waits_for:
         events.emit("message", shape.waits_for)
+    elif len(ray.nodes()) == 1:  # where this job's driver runs: if that node goes, nobody is left to be warned
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     storage, filesystem = _train_storage(store, run)
-    trainer = TorchTrainer(
+    trainer = _trainer_class(shape)(
         _worker,
         train_loop_config={
             "store": store.url,
@@ -89,7 +97,6 @@ def _run(store: Store, run: str, attempt: int, events: EventWriter, began: float
             failure_config=ray.train.FailureConfig(max_failures=resolved.spec.resources.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         ),
-        torch_config=TorchConfig(backend="nccl" if shape.gpus_per_worker else "gloo"),
     )
     try:
         trainer.fit()
@@ -98,11 +105,28 @@ def _run(store: Store, run: str, attempt: int, events: EventWriter, began: float
     return RunResult.model_validate(store.read_json(result_path(run)))
 
 
+def _trainer_class(shape: WorkerShape) -> Any:
+    """One worker on a CPU needs no process group, and without one neither this process nor Ray Train's controller imports
+    torch: several seconds less before the first step. Otherwise the group is nccl on GPUs and gloo on CPUs."""
+    if shape.workers == 1 and not shape.gpus_per_worker:
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+        return DataParallelTrainer
+    from ray.train.torch import TorchTrainer
+
+    return TorchTrainer
+
+
+def _for_workers() -> dict[str, str]:
+    """Where this Ray is, for helpers of Ray Train that would else guess it, and give up where a machine has two."""
+    address = os.environ.get("RAY_ADDRESS")
+    return {"RAY_ADDRESS": address} if address else {}
+
+
 def _worker(config: dict[str, Any]) -> None:
     """On each worker, in a process that Ray Train started."""
     entered = time.time()
     import ray.train
-    import ray.train.torch
     import torch
 
     from jobs.train.setup import Place, use_threads
@@ -121,7 +145,11 @@ def _worker(config: dict[str, Any]) -> None:
             tensor = moved.cpu()
         return tensor
 
-    device = ray.train.torch.get_device() if config["gpus"] else torch.device("cpu")
+    device = torch.device("cpu")
+    if config["gpus"]:
+        from ray.train.torch import get_device
+
+        device = get_device()
     place = Place(rank=rank, workers=workers, device=device, all_reduce=all_reduce)
     resolved = ResolvedSpec.model_validate(store.read_json(spec_path(run)))
 

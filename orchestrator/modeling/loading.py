@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from orchestrator.errors import ModelError
+from orchestrator.modeling import light_transformers
 from orchestrator.modeling.architecture import fused_architecture
 from orchestrator.modeling.decoder import Decoder
 from orchestrator.modeling.lora import FusedLinear
@@ -41,6 +42,7 @@ def load_model(
     Raises:
         ModelError: no decoder, or weights that are missing or do not fit the config.
     """
+    light_transformers.prepare()
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)

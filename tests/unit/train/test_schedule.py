@@ -1,4 +1,4 @@
-"""Learning rates of each step. 3 seconds, mostly transformers' import."""
+"""Learning rates of each step. 5 seconds, mostly the import of transformers to compare with."""
 
 from __future__ import annotations
 
@@ -53,3 +53,23 @@ def test_warmup_stable_decay_is_flat_in_between() -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_very_short_runs_learn_in_every_step(schedule: str, steps: int) -> None:
     assert all(0 < rate <= 1e-3 for rate in rates(schedule, steps, warmup=0.03))
+
+
+@pytest.mark.parametrize("steps", [1, 7, STEPS])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "warmup_stable_decay"])
+def test_the_curves_are_those_of_transformers(schedule: str, steps: int) -> None:
+    import torch
+    from transformers import optimization
+
+    warmup, decay = round(0.1 * steps), max(1, round(0.2 * steps))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    theirs = {
+        "cosine": lambda: optimization.get_cosine_schedule_with_warmup(optimizer, warmup, steps),
+        "linear": lambda: optimization.get_linear_schedule_with_warmup(optimizer, warmup, steps),
+        "constant": lambda: optimization.get_constant_schedule_with_warmup(optimizer, warmup),
+        "warmup_stable_decay": lambda: optimization.get_wsd_schedule(
+            optimizer, warmup, decay, num_stable_steps=max(0, steps - warmup - decay), decay_type="linear"
+        ),
+    }[schedule]()
+    expected = [1e-3 * theirs.lr_lambdas[0](step + 0.5) for step in range(steps)]
+    assert rates(schedule, steps, decay=0.2) == pytest.approx(expected, rel=1e-12)
