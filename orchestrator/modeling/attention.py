@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 import torch
@@ -172,14 +173,18 @@ def _grouped(grid: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor, Tenso
     )
 
 
-def _mask(first: int, last: int, window: int | None, like: Tensor) -> Tensor:
-    """Additive mask of queries first..last against keys 0..last: [last - first, last]."""
-    query = torch.arange(first, last, device=like.device)[:, None]
-    key = torch.arange(last, device=like.device)[None]
+def _mask(first: int, last: int, window: int | None, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive mask of queries first..last, `groups` times over, against keys 0..last: [groups · (last - first), last]."""
+    query = torch.arange(first, last, device=device)[:, None]
+    key = torch.arange(last, device=device)[None]
     hidden = key > query
     if window is not None:
         hidden = hidden | (query - key >= window)
-    return torch.zeros(last - first, last, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
+    zeros = torch.zeros(last - first, last, dtype=dtype, device=device)
+    return zeros.masked_fill_(hidden, float("-inf")).repeat(groups, 1)
+
+
+_kept_mask = lru_cache(maxsize=128)(_mask)
 
 
 class _MatmulAttention(torch.autograd.Function):
@@ -230,9 +235,10 @@ class _MatmulAttention(torch.autograd.Function):
 def _weights(q: Tensor, k: Tensor, first: int, last: int, window: int | None, scale: float) -> Tensor:
     """Softmax weights of queries first..last: [n·kv, groups · (last - first), last]."""
     groups, rows = q.shape[1], last - first
-    mask = _mask(first, last, window, q)
+    # every layer and many batches use the same few small masks; those of long documents would fill the memory
+    mask = (_kept_mask if last <= _KEEP else _mask)(first, last, window, groups, q.dtype, q.device)
     queries = q[:, :, first:last].reshape(len(q), groups * rows, q.shape[3])
-    scores = torch.baddbmm(mask.repeat(groups, 1), queries, k[:, :last].transpose(1, 2), alpha=scale)
+    scores = torch.baddbmm(mask, queries, k[:, :last].transpose(1, 2), alpha=scale)
     return torch.softmax(scores, -1)
 
 
@@ -249,14 +255,14 @@ def _softcapped(grid: Tensor, shape: AttentionShape, window: int | None) -> Tens
     assert shape.softcap is not None
     q, k, v = _grouped(grid, shape)
     scores = torch.einsum("ngqd,nkd->ngqk", q, k) * (shape.scale / shape.softcap)
-    scores = torch.tanh(scores) * shape.softcap + _mask(0, grid.shape[1], window, grid)
+    scores = torch.tanh(scores) * shape.softcap + _mask(0, grid.shape[1], window, 1, grid.dtype, grid.device)
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(grid.dtype)
     return _ungrouped(torch.einsum("ngqk,nkd->ngqd", weights, v), grid.shape[0])
 
 
 def _sdpa(grid: Tensor, shape: AttentionShape, window: int | None) -> Tensor:
     q, k, v = (part.transpose(1, 2) for part in grid.split([shape.heads, shape.kv_heads, shape.kv_heads], 2))
-    mask = None if window is None else _mask(0, grid.shape[1], window, grid)
+    mask = None if window is None else _mask(0, grid.shape[1], window, 1, grid.dtype, grid.device)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=shape.scale, enable_gqa=shape.heads != shape.kv_heads
     )
