@@ -116,6 +116,7 @@ class _Session:
         )
         self.progress = Progress(step=0, total_steps=0)
         self._first_step = True
+        self._phase = ""
 
     def run(self) -> RunResult:
         spec = self.spec
@@ -365,7 +366,9 @@ class _Session:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        self.say("phase", phase=name)
+        if name != self._phase:  # publishing goes on after evaluating, which a job may not do
+            self.say("phase", phase=name)
+            self._phase = name
         start = time.perf_counter()
         try:
             yield

@@ -77,7 +77,7 @@ def show_run(run: Run, attempts: Sequence[Attempt], events: Sequence[Event]) -> 
         ("id", run.id),
         ("tenant", run.tenant),
         ("base model", run.spec.get("base_model")),
-        ("tuning", ", ".join(f"{name} {value}" for name, value in tuning.items() if name in ("type", "rank", "alpha"))),
+        ("tuning", _tuning(tuning)),
         ("cluster", run.ray_address or "local Ray"),
         ("created", moment(run.created_at)),
         ("started", moment(run.started_at)),
@@ -160,6 +160,12 @@ def _words(progress: Progress) -> str:
     return " · ".join(
         part for part in (progress.phase + (counted or (steps if progress.step else "")), progress.figures()) if part
     )
+
+
+def _tuning(tuning: dict[str, Any]) -> str:
+    """`lora, rank 8, alpha 16`"""
+    figures = [f"{name} {number(tuning[name])}" for name in ("rank", "alpha") if name in tuning]
+    return ", ".join([str(tuning.get("type", "")), *figures])
 
 
 def _state(run: Run) -> Any:

@@ -53,8 +53,9 @@ def _check(spec: JobSpec, settings: Settings) -> DataReport:
     """The user's mistakes that need no cluster, so that they cost a second and not a start of Ray. Returns the data report."""
     from jobs.data import check
     from orchestrator.modeling.base_model import inspect
+    from orchestrator.modeling.preflight import check_job
 
-    inspect(spec.base_model, cache=settings.cache)
+    check_job(spec, inspect(spec.base_model, cache=settings.cache))
     return check(spec.data, Path.cwd())
 
 
