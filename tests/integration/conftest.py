@@ -60,7 +60,12 @@ class Job:
         from jobs.train.worker import run_worker
 
         result = run_worker(
-            self.resolved, attempt, store=self.store, cache=self.cache, place=Place(), events=heard or Heard()
+            self.resolved,
+            attempt,
+            store=self.store,
+            cache=self.cache,
+            place=Place(),
+            events=heard or Heard(),  # type: ignore[arg-type]
         )
         assert result is not None
         return result

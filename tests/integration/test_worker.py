@@ -91,7 +91,8 @@ def test_plain_transformers_loads_full_weights(make_job: Make, tmp_path: Path, a
 
     job = make_job(architecture, tuning={"type": "full"}, train={"max_steps": 2})
     directory = job.fetched(job.work().adapter, tmp_path / "weights")
-    theirs, info = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    theirs, info = loaded
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     ids = torch.arange(4, 44)
@@ -215,7 +216,7 @@ def test_any_other_decoder_trains_on_the_plain_path(
     assert result.state is RunState.SUCCEEDED, result.error
     directory = job.fetched(result.adapter, tmp_path / "out")
     ids = torch.arange(4, 44)
-    theirs = AutoModelForCausalLM.from_pretrained(base if tuning == "lora" else directory, dtype=torch.float32)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(base if tuning == "lora" else directory, dtype=torch.float32)
     if tuning == "lora":
         from peft import PeftModel
 
