@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 the input cannot be used, 130 interrupted.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -70,6 +71,8 @@ def main(args: list[str] | None = None) -> int:
         code = 130
     except BrokenPipeError:
         code = 1
+    except OSError as error:
+        code = _system(error, as_json=as_json)
     except Exception as error:
         code = _crash(error, as_json=as_json)
     return _flushed(code)
@@ -92,6 +95,17 @@ def _usage(error: Exception, *, as_json: bool) -> int:
     message += "" if message.endswith((".", "?", ")")) else "."
     print_error(AdaptoryError(message, hint=where), as_json=as_json)
     return getattr(error, "exit_code", 2)
+
+
+def _system(error: OSError, *, as_json: bool) -> int:
+    """A full or read-only disk, or a file of somebody else's: not our fault, wherever it came from."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        return _crash(error, as_json=as_json)
+    home = os.environ.get("ADAPTORY_HOME") or "~/.adaptory"
+    where = f"{error.filename} cannot be written" if error.filename else f"A file cannot be written, likely in {home}"
+    hint = "Make room or allow it there, or set ADAPTORY_HOME to another directory; what was stored before is intact."
+    print_error(AdaptoryError(f"{where}: {error.strerror}.", hint=hint), as_json=as_json)
+    return 1
 
 
 def _crash(error: Exception, *, as_json: bool) -> int:

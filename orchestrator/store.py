@@ -315,7 +315,10 @@ class Store:
             raise ObjectMissing(f"There is nothing at {where}.", url=self.url, path=path) from error
         except Exception as error:  # botocore and aiohttp have no common base class
             raise StoreError(
-                f"The store {where} cannot be used: {_first_line(error)}", hint=_hint(error), url=self.url, path=path
+                f"The store {where} cannot be used: {_first_line(error).rstrip('.')}.",
+                hint=_hint(error),
+                url=self.url,
+                path=path,
             ) from error
 
 
@@ -341,7 +344,10 @@ def _hint(error: Exception) -> str:
 @contextlib.contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
     """A temporary file beside `target` that takes its place, flushed to disk, if the block succeeds."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # no directory can be made here at all; it must not read as a missing object
+        raise PermissionError(errno.EACCES, "no directory can be made there", str(target.parent)) from error
     handle, name = tempfile.mkstemp(prefix=".tmp-", dir=target.parent)
     os.close(handle)
     partial = Path(name)

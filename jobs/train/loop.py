@@ -240,7 +240,7 @@ def _diverged(progress: Progress, step: int) -> TrainingDiverged:
     what = f"loss {progress.loss}" if not math.isfinite(progress.loss) else f"gradient norm {progress.grad_norm}"
     return TrainingDiverged(
         f"Training diverged at step {step + 1}: {what} at learning rate {progress.learning_rate:.3g}.",
-        hint="The last good checkpoint is kept. Lower train.learning_rate (a third is a good next try), "
+        hint="Checkpoints of earlier steps are kept. Lower train.learning_rate (a third is a good next try), "
         "or set train.warmup and train.max_grad_norm.",
         step=step + 1,
         learning_rate=progress.learning_rate,

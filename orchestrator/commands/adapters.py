@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.commands.backend import Backend
-from orchestrator.commands.output import Json, console, fields, moment, number, print_json, say, table
+from orchestrator.commands.output import Json, console, fields, moment, number, print_json, say, short_moment, table
 
 if TYPE_CHECKING:
     from orchestrator.registry.adapters import AdapterSummary
@@ -41,11 +41,21 @@ def list_(
     if not found:
         say("There are no adapters. Train one: adaptory run jobs/examples/finance-entities.yaml --follow")
         return
-    result = table("adapter", "run", "base model", "tuning", "size", "quality", "created", right=("size",))
+    result = table(
+        "adapter",
+        "run",
+        "base model",
+        "tuning",
+        "size",
+        "quality",
+        "created",
+        right=("size",),
+        whole=("adapter", "size", "created"),
+    )
     for summary in found:
         owner = "" if summary.tenant == "default" else f"{summary.tenant}/"
         cells = [_short(summary.digest), owner + summary.name, summary.base_model, _tuning(summary)]
-        result.add_row(*cells, _bytes(summary.size), _quality(summary), moment(summary.created_at))
+        result.add_row(*cells, _bytes(summary.size), _quality(summary), short_moment(summary.created_at))
     console().print(result)
 
 
@@ -177,7 +187,7 @@ def _tuning(summary: AdapterSummary) -> str:
 
 def _quality(summary: AdapterSummary) -> str:
     shown = summary.evaluation or {k: v for k, v in summary.metrics.items() if k.endswith("loss")}
-    return ", ".join(f"{name} {number(value)}" for name, value in shown.items())
+    return "\n".join(f"{name} {number(value)}" for name, value in shown.items())
 
 
 def _bytes(size: int) -> str:

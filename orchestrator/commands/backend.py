@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.commands.output import say
-from orchestrator.errors import AdaptoryError
+from orchestrator.errors import AdaptoryError, ClusterError
 
 if TYPE_CHECKING:
     from orchestrator.db import Database
@@ -46,11 +46,14 @@ class Backend:
 
     @cached_property
     def jobs_if_running(self) -> JobClient | None:
-        """The cluster if it answers. What a command reads is in the database anyway, so one that does not is a warning."""
+        """The cluster if it answers; one that does not is a warning, since what a command reads is in the database anyway.
+
+        A local Ray that does not run is known to hold no job; of a remote one that is silent nothing is known.
+        """
         import cluster
 
         try:
-            return cluster.connect_if_running(self.settings)
+            return cluster.connect_if_running(self.settings) or _StoppedRay()
         except AdaptoryError as error:
             say(f"Warning: {error}")
             return None
@@ -69,6 +72,29 @@ class Backend:
 
         self.reconcile()
         return get_run(self.db, reference)
+
+
+class _StoppedRay:
+    """The local Ray while it does not run: what was on it has ended, and nothing can be sent to it."""
+
+    def submit(self, submission_id: str, entrypoint: str, *, env: dict[str, str], metadata: dict[str, str]) -> None:
+        raise self._stopped()
+
+    def status(self, submission_id: str) -> None:
+        return None
+
+    def stop(self, submission_id: str) -> None:
+        return None
+
+    def logs(self, submission_id: str) -> str:
+        return ""
+
+    def describe(self) -> dict[str, Any]:
+        raise self._stopped()
+
+    @staticmethod
+    def _stopped() -> ClusterError:
+        return ClusterError("No local Ray runs.", hint="`adaptory up` starts it; a queued run is then sent to it.")
 
 
 def complete_run(incomplete: str) -> list[str]:

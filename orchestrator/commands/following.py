@@ -175,9 +175,8 @@ def show_end(run: Run) -> None:
         error = failure(run)
         for text in str(error.context.get("log") or "").splitlines()[-_LOG_LINES:]:
             say(f"  {text}")
-        say(
-            f"Run {run.name} failed. See `adaptory runs logs {run.name}`; `adaptory runs resume {run.name}` continues it."
-        )
+        again = "" if error.code == "training_diverged" else f"; `adaptory runs resume {run.name}` continues it"
+        say(f"Run {run.name} failed. See `adaptory runs logs {run.name}`{again}.")
         raise error
     if run.result and run.result.evaluation:
         out.print(before_after(run.result.evaluation))

@@ -59,14 +59,16 @@ def print_error(error: AdaptoryError, *, as_json: bool) -> None:
     console(error=True).print(text, soft_wrap=True)
 
 
-def table(*columns: str, title: str | None = None, right: Sequence[str] = ()) -> Table:
-    """A plain table; columns named in `right` are numbers."""
+def table(*columns: str, title: str | None = None, right: Sequence[str] = (), whole: Sequence[str] = ()) -> Table:
+    """A plain table; columns named in `right` are numbers, those in `whole` are never broken over lines."""
     from rich import box
     from rich.table import Table
 
     result = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        result.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        result.add_column(
+            column, justify="right" if column in right else "left", overflow="fold", no_wrap=column in whole
+        )
     return result
 
 
@@ -98,6 +100,11 @@ def duration(seconds: float | None) -> str:
 def moment(timestamp: float | None) -> str:
     """A time of this machine's clock: `2026-11-22 05:10:33`."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(timestamp)) if timestamp else ""
+
+
+def short_moment(timestamp: float | None) -> str:
+    """The same without year and seconds, for tables: `11-22 05:10`."""
+    return moment(timestamp)[5:16]
 
 
 def number(value: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +103,10 @@ def _chart(series: dict[str, tuple[dict[int, float], str]], width: int, height: 
         if marker == "hd" and len(points) > 1:
             signal.lines(True)
         figure.draw(signal)
-    text: str = figure.build().string(colorless=not colour)
+    with contextlib.redirect_stderr(
+        io.StringIO()
+    ):  # it remarks on values that lie close together, such as a single one
+        text: str = figure.build().string(colorless=not colour)
     return text
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.commands.following import Progress, before_after, line
-from orchestrator.commands.output import console, duration, fields, moment, number, table
+from orchestrator.commands.output import console, duration, fields, moment, number, short_moment, table
 from orchestrator.errors import RunError
 from orchestrator.runs.states import RunState
 
@@ -61,10 +61,10 @@ def show_list(runs: Sequence[Run]) -> None:
         out.print("There are no runs. Start one: adaptory run jobs/examples/finance-entities.yaml --follow")
         return
     tenants = len({run.tenant for run in runs}) > 1
-    columns = ["name", "state", "attempt", "base model", "created", "took", "adapter"]
-    result = table(*(["tenant"] if tenants else []), *columns, right=("attempt", "took"))
+    columns = ["name", "state", "base model", "created", "took", "adapter"]
+    result = table(*(["tenant"] if tenants else []), *columns, right=("took",), whole=("state", *columns[3:]))
     for run in runs:
-        cells = [run.name, _state(run), str(run.attempt), str(run.spec.get("base_model")), moment(run.created_at)]
+        cells = [run.name, _state(run), str(run.spec.get("base_model")), short_moment(run.created_at)]
         cells += [duration(_seconds(run)), short(run.adapter)]
         result.add_row(*([run.tenant] if tenants else []), *cells)
     out.print(result)

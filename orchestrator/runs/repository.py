@@ -331,8 +331,11 @@ def _illegal(run: Run, to: RunState, *, gone: bool = False) -> IllegalTransition
     if gone:
         return IllegalTransition(f"Run {run.id} does not exist any more.", run=run.id)
     hint = hints.get(run.state, f"`adaptory runs show {run.name}` says how far it is; pause or cancel it first.")
+    if run.state is to:
+        hint = "" if to is RunState.QUEUED else hint
+        return IllegalTransition(f"Run {run.name} is {to.value} already.", hint=hint, run=run.id, state=to.value)
     return IllegalTransition(
-        f"Run {run.name} is {run.state.value} and cannot become {to.value}.",
+        f"Run {run.name} is {run.state.value}, so it cannot be{'come' if to is RunState.RUNNING else ''} {to.value}.",
         hint=hint,
         run=run.id,
         state=run.state.value,

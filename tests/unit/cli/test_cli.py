@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -19,8 +20,9 @@ from orchestrator import __version__, cli
 from orchestrator.commands import output
 from orchestrator.commands.following import Progress, line, show_events
 from orchestrator.commands.plot import Curves, draw
-from orchestrator.errors import AdaptoryError, SettingsError
+from orchestrator.errors import AdaptoryError, SettingsError, StoreError
 from orchestrator.runs.events import Event
+from orchestrator.store import Store
 
 ROOT = Path(__file__).parents[3]
 HEAVY = ("torch", "ray", "transformers", "matplotlib", "sqlalchemy", "plotext", "pydantic", "yaml", "rich.console")
@@ -277,3 +279,20 @@ def test_drawing_fits_its_width_even_with_one_point():
         text = draw(curves, width=60, colour=False)
         assert max(len(row) for row in text.splitlines()) <= 60
         assert "training loss" in text
+
+
+def test_a_full_disk_is_no_fault_of_ours(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/somewhere/state.db")
+
+    monkeypatch.setattr("orchestrator.settings.load_settings", full)
+    assert cli.main(["status"]) == 1
+    said = capfd.readouterr().err
+    assert "/somewhere/state.db cannot be written: No space left on device." in said
+    assert "unexpected" not in said
+
+
+def test_a_store_that_cannot_be_made_is_not_called_empty() -> None:
+    with pytest.raises(StoreError, match="no directory can be made there") as caught:
+        Store("/proc/nowhere").write("files/x", b"bytes")
+    assert "ADAPTORY_STORE_URL" in str(caught.value.hint)

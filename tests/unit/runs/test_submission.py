@@ -153,7 +153,7 @@ def test_cancel(world, running):
     assert world.jobs.jobs[run.submission_id].status is JobStatus.STOPPED
     assert world.store.read_json(control_path(run.id, 1)) == {"action": "cancel"}
     assert open_attempts(world.db) == []
-    with pytest.raises(IllegalTransition, match="is cancelled and cannot become cancelled"):
+    with pytest.raises(IllegalTransition, match="is cancelled already"):
         submission.cancel(run, **world.kwargs())
 
 
