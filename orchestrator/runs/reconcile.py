@@ -20,6 +20,7 @@ from orchestrator.errors import (
     JobFailed,
     ObjectMissing,
     RunNotFound,
+    StoreError,
 )
 from orchestrator.runs import repository
 from orchestrator.runs.client import JobClient, JobStatus
@@ -122,7 +123,11 @@ def _reconcile(
 
 def stop(store: Store, jobs: JobClient | None, attempt: Attempt) -> None:
     """Make an attempt end: it sees the request by itself within a second or so, and Ray kills what does not."""
-    request(store, attempt.run_id, attempt.number, "cancel")
+    try:
+        request(store, attempt.run_id, attempt.number, "cancel")
+    except StoreError:
+        if jobs is None:
+            raise  # nobody else to ask; a full disk must not keep alive what Ray can end
     if jobs is not None:
         jobs.stop(attempt.submission_id)
 

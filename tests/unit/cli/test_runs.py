@@ -392,3 +392,21 @@ def test_the_shell_completes_names_of_runs(adaptory, spec, monkeypatch):
     assert sorted(complete_run("")) == ["other", "sums"]
     monkeypatch.setenv("ADAPTORY_DATABASE_URL", "nonsense://")
     assert complete_run("su") == []
+
+
+def test_a_run_is_over_when_the_local_ray_is(adaptory, spec, memory_cluster, plays, monkeypatch):
+    memory_cluster.plays = plays.keeps_running
+    assert adaptory("run", spec).code == 0
+    assert adaptory("runs", "show", "sums", "--json").json["state"] == "running"
+    monkeypatch.setattr("cluster.connect_if_running", lambda settings: None)
+    shown = adaptory("runs", "show", "sums", "--json").json
+    assert shown["state"] == "failed"
+    assert "the cluster was stopped or lost its head" in shown["error"]["message"]
+
+
+@pytest.mark.parametrize("field", ["tuning.rank=100000", "tuning.targets=[nope]"])
+def test_what_does_not_fit_the_model_leaves_no_run(adaptory, spec, tiny_model, memory_cluster, field):
+    answer = adaptory("run", spec, "--set", f"base_model={tiny_model('llama')}", "--set", field)
+    assert answer.code == 2
+    assert field.split("=")[0] in answer.err
+    assert adaptory("runs", "list", "--json").json == []

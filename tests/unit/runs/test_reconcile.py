@@ -9,7 +9,7 @@ from orchestrator.errors import AdaptoryError, JobFailed, StoreError
 from orchestrator.runs import submission
 from orchestrator.runs.client import JobStatus
 from orchestrator.runs.events import EventWriter
-from orchestrator.runs.reconcile import reconcile
+from orchestrator.runs.reconcile import reconcile, stop
 from orchestrator.runs.repository import create_run, list_adapters, list_events, open_attempts
 from orchestrator.runs.states import RunState
 from orchestrator.spec.job import JobSpec
@@ -231,3 +231,17 @@ def test_a_run_being_prepared_elsewhere_is_left_alone(world, pass_time):
     assert world.run().state is RunState.FAILED
     assert "submit it again" in world.run().error["hint"]
     assert run.id not in [attempt.run_id for attempt in open_attempts(world.db)]
+
+
+def test_a_full_store_does_not_keep_a_cancelled_job_alive(world, monkeypatch):
+    run = world.submit()
+    world.says_running(run)
+
+    def full(*args):
+        raise StoreError("The disk is full.")
+
+    monkeypatch.setattr("orchestrator.runs.reconcile.request", full)
+    stop(world.store, world.jobs, open_attempts(world.db, run_id=run.id)[0])
+    assert world.jobs.stopped == [run.submission_id]
+    with pytest.raises(StoreError):
+        stop(world.store, None, open_attempts(world.db, run_id=run.id)[0])
