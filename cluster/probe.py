@@ -22,6 +22,7 @@ from cluster.resources import ClusterResources, fit, node_resources
 from orchestrator import __version__
 from orchestrator.errors import AdaptoryError, ClusterError, StoreError
 from orchestrator.runs.client import JobStatus
+from orchestrator.runs.launch import job_env
 from orchestrator.settings import Settings
 from orchestrator.spec.job import JobSpec
 from orchestrator.store import Store
@@ -68,7 +69,7 @@ def preflight(client: RayJobClient, settings: Settings, spec: JobSpec) -> None:
     if client.local and "://" not in settings.store:
         fit(spec.resources, resources_of(client))
         return
-    answer = _cached(client, settings) or probe(client, settings.store)
+    answer = _cached(client, settings) or probe(client, settings.store, env=job_env(settings, Store(settings.store)))
     check(answer, settings.store)
     _remember(client, settings, answer)
     fit(spec.resources, answer.resources)
@@ -80,8 +81,11 @@ def resources_of(client: RayJobClient) -> ClusterResources:
     return ClusterResources(nodes=[node_resources(row["node_ip"], row["resources_total"]) for row in rows])
 
 
-def probe(client: RayJobClient, store_url: str) -> ProbeAnswer:
+def probe(client: RayJobClient, store_url: str, *, env: dict[str, str] | None = None) -> ProbeAnswer:
     """Run the probe job and return what the nodes say.
+
+    Args:
+        env: what a run's job would get, so that the probe finds an S3-compatible store where the job will.
 
     Raises:
         ClusterError: the job did not start, failed or gave no answer; says what it printed.
@@ -92,7 +96,7 @@ def probe(client: RayJobClient, store_url: str) -> ProbeAnswer:
     store.write(ours, submission_id.encode())
     try:
         entrypoint = shlex.join(["python", "-m", "cluster.probe_job", store_url, ours])
-        client.submit(submission_id, entrypoint, env={}, metadata={})
+        client.submit(submission_id, entrypoint, env=env or {}, metadata={})
         state, message = _wait(client, submission_id)
     finally:
         store.delete(ours)

@@ -62,7 +62,7 @@ class Person:
 
     def json(self, *words: str, **environment: str) -> Any:
         done = self.types(*words, "--json", **environment)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(done.stdout)
 
     def submits(self, name: str, environment: dict[str, str] | None = None, **changes: Any) -> dict[str, Any]:
@@ -217,3 +217,20 @@ def test_two_workers_share_a_run(person: Person) -> None:
     for name in ("validation_loss", "train_loss"):
         assert two["result"]["metrics"][name] == pytest.approx(one["result"]["metrics"][name], abs=1e-3)
     assert two["result"]["metrics"]["tokens"] == one["result"]["metrics"]["tokens"]
+
+
+def test_a_run_that_keeps_everything_in_s3(person: Person, s3: str) -> None:
+    environment = {name: os.environ[name] for name in os.environ if name.startswith("AWS_")} | {
+        "ADAPTORY_STORE_URL": s3
+    }
+    person.submits("in-s3", environment, train={"max_steps": 6, "dtype": "float32"})
+
+    def ended() -> dict[str, Any] | None:
+        run = person.json("runs", "show", "in-s3", **environment)
+        return run if run["state"] in ("succeeded", "failed") else None
+
+    run = person.waits(ended, "the end of in-s3")
+    assert run["state"] == "succeeded", run["error"]
+    verified = person.types("adapters", "verify", run["adapter"], **environment)
+    assert verified.returncode == 0, verified.stderr
+    assert len(Store(s3).children(checkpoints_path(run["id"]))) >= 1

@@ -112,7 +112,7 @@ def test_a_good_answer_is_believed_for_a_while_and_a_bad_one_never(
     fake_ray: FakeRay, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, answers = [], [whole(answer(ray="1.0")), whole(answer()), whole(answer()), whole(answer())]
-    monkeypatch.setattr(probing, "probe", lambda client, url: asked.append(url) or answers.pop(0))
+    monkeypatch.setattr(probing, "probe", lambda client, url, env: asked.append(url) or answers.pop(0))
     settings, client = Settings(store_url="s3://b/p"), fake_ray.client(local=False)
     with pytest.raises(ClusterError, match=r"runs Ray 1\.0"):
         preflight(client, settings, job())
@@ -130,7 +130,8 @@ def test_a_good_answer_is_believed_for_a_while_and_a_bad_one_never(
 
 
 def test_a_local_ray_with_a_remote_store_is_asked_too(fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probing, "probe", lambda client, url: whole(answer(store_error=StoreError("no key").to_dict())))
+    refused = whole(answer(store_error=StoreError("no key").to_dict()))
+    monkeypatch.setattr(probing, "probe", lambda client, url, env: refused)
     with pytest.raises(StoreError, match="no key"):
         preflight(fake_ray.client(), Settings(store_url="s3://b/p"), job())
 
