@@ -113,13 +113,16 @@ def test_the_loss_is_transformers_own(tiny_model: Callable[[str], Path], make_ro
 def test_how_rows_are_packed_changes_no_result(
     tiny_model: Callable[[str], Path], make_rows: Made, architecture: str, other: dict[str, Any]
 ) -> None:
-    """Losses within 1e-5, weights after five steps of Adam within 1e-4 of one large packed batch."""
+    """Losses within 1e-5, weights after five steps of Adam within 5e-4 of one large packed batch.
+
+    Adam divides a gradient by its own size, so where one is nearly zero a rounding becomes a visible part of a step.
+    """
     rows, directory = make_rows(LENGTHS), tiny_model(architecture)
     losses, weights = trained(directory, rows)
     other_losses, other_weights = trained(directory, rows, **other)
     assert other_losses == pytest.approx(losses, abs=1e-5)
     for name in weights:
-        torch.testing.assert_close(other_weights[name], weights[name], atol=1e-4, rtol=0)
+        torch.testing.assert_close(other_weights[name], weights[name], atol=5e-4, rtol=0)
 
 
 def test_the_plain_path_trains_as_the_fused_one(tiny_model: Callable[[str], Path], make_rows: Made) -> None:
