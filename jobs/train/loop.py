@@ -45,7 +45,7 @@ class Progress:
     """Optimiser steps done."""
     total_steps: int
     tokens: int = 0
-    """Real tokens seen, over all workers."""
+    """Tokens of the rows seen, over all workers."""
     loss: float = math.nan
     grad_norm: float = math.nan
     learning_rate: float = 0.0
@@ -84,10 +84,13 @@ def train(
     workers: int = 1,
     slot: str | None = SLOT,
     device: torch.device | str = "cpu",
+    share: bool = True,
 ) -> str | None:
     """Take the remaining optimiser steps.
 
     Args:
+        share: let rows of a micro-batch that begin alike compute their beginning once; to be left out with dropout, which
+            would otherwise be the same for all of them.
         progress: `step` says where to begin; updated in place.
         slot: the adapter to train; None for full tuning.
 
@@ -105,7 +108,7 @@ def train(
         labelled = int(rows.labelled[batches.rows(step)].sum())
         total = torch.zeros(2, dtype=torch.float64)  # loss, tokens
         for micro in batches.micro_batches(step, rank):
-            batch = pack(rows, micro, labelled, device)
+            batch = pack(rows, micro, labelled, device, share=share)
             with memory_explained(batch):
                 loss, _ = forward(model, batch, slot)
                 engine.backward(loss * workers)  # gradients are averaged over workers; the step's loss is a sum
@@ -147,23 +150,42 @@ class PackedBatch:
     real_tokens: int
 
 
-def pack(rows: Rows, chosen: Sequence[int], labelled: int, device: torch.device | str = "cpu") -> PackedBatch:
-    """Put rows side by side; an empty choice becomes one row without weight, since collectives must stay in step."""
+def pack(
+    rows: Rows, chosen: Sequence[int], labelled: int, device: torch.device | str = "cpu", *, share: bool = False
+) -> PackedBatch:
+    """Put rows side by side; an empty choice becomes one row without weight, since collectives must stay in step.
+
+    Args:
+        labelled: tokens with a loss in the whole step.
+        share: let rows that begin alike compute their common beginning once; it changes no result.
+    """
     picked = [rows[row] for row in chosen] or [rows[0]]
-    ids = np.concatenate([row.ids for row in picked]).astype(np.int64)
+    shared = common_beginning(picked) if share and len(picked) > 1 else 0
+    own = [row.ids[shared:] for row in picked]
+    ids = torch.from_numpy(np.concatenate([picked[0].ids[:shared], *own]).astype(np.int64))
     # the label of a position is the next token of its own document, so the first token of a document is never one
-    target = np.concatenate([np.concatenate([row.loss_mask[1:], [False]]) for row in picked])
-    at = torch.from_numpy(np.flatnonzero(target))
-    tensor = torch.from_numpy(ids)
+    target = [np.append(row.loss_mask[shared + 1 :], False) for row in picked]
+    at = torch.from_numpy(np.flatnonzero(np.concatenate([np.zeros(shared, bool), *target])))
     weight = 1.0 / max(1, labelled) if chosen else 0.0
     return PackedBatch(
-        ids=tensor.to(device),
-        documents=Documents([len(row.ids) for row in picked], device),
-        labels=tensor[at + 1].to(device),
+        ids=ids.to(device),
+        documents=Documents([len(row.ids) for row in picked], device, shared=shared),
+        labels=ids[at + 1].to(device),
         at=at.to(device),
         token_weights=torch.full((len(at),), weight, device=device),
-        real_tokens=len(ids) if chosen else 0,
+        real_tokens=sum(len(row.ids) for row in picked) if chosen else 0,
     )
+
+
+def common_beginning(picked: Sequence[Any]) -> int:
+    """Tokens with which all rows begin, as far as none of them has a loss there or on the token after."""
+    first = picked[0].ids
+    most = min(len(row.ids) for row in picked) - 1
+    for row in picked[1:]:
+        differs = np.flatnonzero(first[:most] != row.ids[:most])
+        most = int(differs[0]) if len(differs) else most
+    learned = [np.flatnonzero(row.loss_mask[1:]) for row in picked]  # positions that predict a target
+    return min([most, *(int(places[0]) for places in learned if len(places))])
 
 
 def forward(model: Any, batch: PackedBatch, slot: str | None) -> tuple[Tensor, Tensor]:
@@ -201,7 +223,7 @@ def mean_loss(
     total = torch.zeros(2, dtype=torch.float64)
     for step in range(batches.total_steps):
         for micro in batches.micro_batches(step, rank):
-            batch = pack(rows, micro, 1, device)
+            batch = pack(rows, micro, 1, device, share=True)
             _, losses = forward(model, batch, slot)
             if micro:
                 total += torch.tensor([losses.double().sum().item(), len(losses)], dtype=torch.float64)

@@ -149,6 +149,7 @@ class _Session:
                 workers=self.place.workers,
                 slot=trainable.slot,
                 device=self.place.device,
+                share=getattr(spec.tuning, "dropout", 0.0) == 0.0,
             )
             self.checkpoints.wait()
         if stop is not None:

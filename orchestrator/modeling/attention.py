@@ -51,27 +51,40 @@ class Bucket:
     """[documents · longest] token of each cell; a slice when there is no padding. A padding cell repeats the last
     token of its document: causality keeps it from being attended to, and its own result is not read."""
     cells: Tensor | None
-    """Cell of each real token, in order; None when there is no padding."""
+    """Cell of each token that this bucket gives the result of, in order; None when that is every cell."""
     tokens: Tensor | slice
-    """Token of each real cell, in order."""
+    """Token of each of those cells."""
 
 
 class Documents:
     """Layout of a packed batch, made once and used by every layer.
 
+    Documents that begin alike (the same system prompt, mostly) may share that beginning: its tokens stand once, before all
+    documents, and every document attends to them. What a causal model computes for them is the same in each document,
+    so this changes no result; only their keys' and values' gradients are summed over the documents.
+
     Args:
-        lengths: tokens of each document, in packed order.
+        lengths: tokens of each document, in packed order, the shared beginning included.
+        shared: tokens that all documents have in common at their beginning, fewer than the shortest document.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu", kernel: Kernel | None = None):
-        self.lengths = list(lengths)
-        self.tokens = sum(self.lengths)
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        kernel: Kernel | None = None,
+        shared: int = 0,
+    ):
+        assert shared == 0 or shared < min(lengths), "a document must have tokens of its own"
+        self.lengths, self.shared = list(lengths), shared
+        self.tokens = shared + sum(n - shared for n in self.lengths)
         self.kernel: Kernel = kernel or ("matmul" if torch.device(device).type == "cpu" else "sdpa")
-        self.buckets = _buckets(self.lengths, device)
-        self.positions = torch.cat([torch.arange(n) for n in self.lengths]).to(device)
+        self.buckets = _buckets(self.lengths, shared, device)
+        own = [torch.arange(shared, n) for n in self.lengths]
+        self.positions = torch.cat([torch.arange(shared), *own]).to(device)
 
     def __call__(self, layer: int, qkv: Tensor, shape: AttentionShape, window: int | None) -> Tensor:
-        grids = _Gather.apply(qkv, self.buckets)
+        grids = _Gather.apply(qkv, self.buckets, self.shared)
         contexts = [self._context(grid, shape, window) for grid in grids]
         return _Scatter.apply(self.tokens, self.buckets, *contexts)
 
@@ -85,11 +98,11 @@ class Documents:
         return _MatmulAttention.apply(grid, shape, window)
 
 
-def _buckets(lengths: Sequence[int], device: torch.device | str) -> list[Bucket]:
+def _buckets(lengths: Sequence[int], shared: int, device: torch.device | str) -> list[Bucket]:
     """Group documents by length so that little is padded: cells cost time linearly, each bucket a fixed overhead."""
-    starts = [0]
+    starts = [shared]  # of each document's own tokens
     for n in lengths:
-        starts.append(starts[-1] + n)
+        starts.append(starts[-1] + n - shared)
     order = sorted(range(len(lengths)), key=lambda d: -lengths[d])
     groups: list[list[int]] = []
     for d in order:
@@ -102,15 +115,16 @@ def _buckets(lengths: Sequence[int], device: torch.device | str) -> list[Bucket]
         group.sort()
         longest = max(lengths[d] for d in group)
         contiguous = group[-1] - group[0] + 1 == len(group) and all(lengths[d] == longest for d in group)
-        if contiguous:
+        if contiguous and not shared:
             whole = slice(starts[group[0]], starts[group[-1] + 1])
             buckets.append(Bucket(len(group), longest, whole, None, whole))
             continue
         column = torch.arange(longest)
         length = torch.tensor([lengths[d] for d in group])[:, None]
         start = torch.tensor([starts[d] for d in group])[:, None]
-        rows = (start + column.minimum(length - 1)).flatten()
-        cells = (column < length).flatten().nonzero().squeeze(1)
+        rows = torch.where(column < shared, column, start + column.minimum(length - 1) - shared).flatten()
+        first = torch.tensor([d == 0 for d in group])[:, None]  # its cells give the shared tokens' result
+        cells = ((column < length) & ((column >= shared) | first)).flatten().nonzero().squeeze(1)
         buckets.append(Bucket(len(group), longest, rows.to(device), cells.to(device), rows[cells].to(device)))
     return buckets
 
@@ -119,8 +133,8 @@ class _Gather(torch.autograd.Function):
     """Packed tokens into each bucket's grid; padding cells have no gradient, since nothing reads them."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, buckets: list[Bucket]) -> tuple[Tensor, ...]:
-        ctx.buckets, ctx.shape = buckets, qkv.shape
+    def forward(ctx: Any, qkv: Tensor, buckets: list[Bucket], shared: int) -> tuple[Tensor, ...]:
+        ctx.buckets, ctx.shared, ctx.shape = buckets, shared, qkv.shape
         return tuple(qkv[b.rows].view(b.documents, b.longest, *qkv.shape[1:]) for b in buckets)
 
     @staticmethod
@@ -129,7 +143,9 @@ class _Gather(torch.autograd.Function):
         for bucket, grad in zip(ctx.buckets, grads, strict=True):
             flat = grad.reshape(-1, *ctx.shape[1:])
             out[bucket.tokens] = flat if bucket.cells is None else flat[bucket.cells]
-        return out, None
+        if ctx.shared:
+            out[: ctx.shared] = sum(grad[:, : ctx.shared].sum(0, dtype=torch.float32) for grad in grads)
+        return out, None, None
 
 
 class _Scatter(torch.autograd.Function):

@@ -72,7 +72,9 @@ def report(ours: list[Result], trl: list[Result], floors: list[Result]) -> None:
     """The last line: medians of the ratios within each pair, not a ratio of medians."""
     speed = [side["tokens_per_second"] for side in ours]
     ratio = statistics.median(a / b["tokens_per_second"] for a, b in zip(speed, trl, strict=True))
-    share = statistics.median(a / b["tokens_per_second"] for a, b in zip(speed, floors, strict=True))
+    share = statistics.median(
+        a["computed_tokens_per_second"] / b["tokens_per_second"] for a, b in zip(ours, floors, strict=True)
+    )
     print(
         f"train_vs_trl ratio={ratio:.2f} ours={statistics.median(speed):.1f} "
         f"trl={statistics.median(side['tokens_per_second'] for side in trl):.1f} matmul_share={share:.2f} "

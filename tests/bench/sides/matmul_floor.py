@@ -3,6 +3,7 @@
 `python matmul_floor.py --model DIR --micro-batches '[[tokens, labelled], …]'`: every linear of every layer on `tokens` rows, the
 output head on `labelled` rows, with the model's own weights so that the caches see what training sees. No weight
 gradient (the base is frozen) and no input gradient where nothing trainable lies below: the first layer's q, k and v.
+What follows attention in the last layer is needed for labelled rows alone.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from safetensors import safe_open
 
 
 def weights(model: Path) -> list[tuple[torch.Tensor, bool, bool]]:
-    """`(weight [out, in], is_head, needs_input_gradient)` in the order of a forward pass."""
+    """`(weight [out, in], labelled_rows_only, needs_input_gradient)` in the order of a forward pass."""
     tied = json.loads((model / "config.json").read_text()).get("tie_word_embeddings", False)
     head = "model.embed_tokens.weight" if tied else "lm_head.weight"
     found = {}
@@ -27,7 +28,11 @@ def weights(model: Path) -> list[tuple[torch.Tensor, bool, bool]]:
                 if name == head or re.search(r"layers\.\d+\..*_proj\.weight$", name):
                     found[name] = tensors.get_tensor(name).to(torch.bfloat16)
     lowest = re.compile(r"layers\.0\.self_attn\.[qkv]_proj")
-    return [(weight, name == head, not lowest.search(name)) for name, weight in found.items()]
+    last = max(int(match[1]) for name in found if (match := re.search(r"layers\.(\d+)\.", name)))
+    late = re.compile(rf"layers\.{last}\.(mlp\.|self_attn\.o_proj)")
+    return [
+        (weight, name == head or bool(late.search(name)), not lowest.search(name)) for name, weight in found.items()
+    ]
 
 
 def one_pass(layers: list[tuple[torch.Tensor, bool, bool]], micro_batches: list[list[int]]) -> float:
@@ -37,11 +42,11 @@ def one_pass(layers: list[tuple[torch.Tensor, bool, bool]], micro_batches: list[
         inputs = {(rows, width): torch.randn(rows, width, dtype=torch.bfloat16)
                   for weight, _, _ in layers for width in weight.shape for rows in (tokens, labelled)}  # fmt: skip
         start = time.perf_counter()
-        for weight, is_head, _ in layers:
-            torch.nn.functional.linear(inputs[labelled if is_head else tokens, weight.shape[1]], weight)
-        for weight, is_head, needs_gradient in reversed(layers):
+        for weight, few, _ in layers:
+            torch.nn.functional.linear(inputs[labelled if few else tokens, weight.shape[1]], weight)
+        for weight, few, needs_gradient in reversed(layers):
             if needs_gradient:
-                inputs[labelled if is_head else tokens, weight.shape[0]] @ weight
+                inputs[labelled if few else tokens, weight.shape[0]] @ weight
         total += time.perf_counter() - start
     return total
 

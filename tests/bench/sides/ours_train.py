@@ -19,7 +19,7 @@ import numpy as np
 
 from jobs.train.batches import Batches
 from jobs.train.engines import SingleEngine
-from jobs.train.loop import SLOT, Hooks, Progress, train
+from jobs.train.loop import SLOT, Hooks, Progress, pack, train
 from jobs.train.setup import Place, micro_batch_tokens, use_threads
 from orchestrator.modeling.decoder import adapter_parameters, add_adapter
 from orchestrator.modeling.loading import load_model
@@ -111,6 +111,8 @@ def main() -> None:
     )
     (began, before), (ended, tokens) = steps.ends[options.warmup_steps - 1], steps.ends[-1]
     timed = range(options.warmup_steps, batches.total_steps)
+    packed = [pack(rows, micro, 1, share=True) for step in timed for micro in batches.micro_batches(step, 0)]
+    shapes = [[len(batch.ids), len(batch.at)] for batch in packed]
     print(
         json.dumps(
             {
@@ -118,11 +120,8 @@ def main() -> None:
                 "tokens": tokens,
                 "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
                 "losses": steps.losses,
-                "micro_batches": [
-                    [int(rows.lengths[micro].sum()), int(rows.labelled[micro].sum())]
-                    for step in timed
-                    for micro in batches.micro_batches(step, 0)
-                ],
+                "computed_tokens_per_second": sum(tokens for tokens, _ in shapes) / (ended - began),
+                "micro_batches": shapes,
             }
         )
     )

@@ -201,3 +201,30 @@ def test_a_rank_above_the_width_is_refused(tiny_model):
     model = load_model(tiny_model("llama"), dtype=torch.float32)
     with pytest.raises(ModelError, match="above the width"):
         add_adapter(model, "a", LoraShape(4096, 8.0), 0)
+
+
+@pytest.mark.parametrize("kernel", ["matmul", "sdpa"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_shared_beginning_changes_no_loss_and_no_gradient(tiny_model, architecture, kernel):
+    """Five documents that begin with the same 11 tokens, computed once, against each with its own copy."""
+    model = randomised(load_model(tiny_model(architecture), dtype=torch.float32))
+    lengths, shared = [20, 31, 14, 31, 12], 11
+    documents = list(packed(lengths=lengths).split(lengths))
+    for document in documents:
+        document[:shared] = documents[0][:shared]
+    results = []
+    for common in (0, shared):
+        model.zero_grad()
+        ids = torch.cat([documents[0][:common], *(d[common:] for d in documents)])
+        layout = Documents(lengths, kernel=kernel, shared=common)
+        assert len(ids) == layout.tokens == len(layout.positions)
+        # labels from the second own token on, so that both layouts have the same ones
+        starts = [common + sum(n - common for n in lengths[:i]) + (shared - common) for i in range(len(lengths))]
+        at = torch.cat([torch.arange(s, s + n - shared - 1) for s, n in zip(starts, lengths, strict=True)])
+        weights = torch.full((len(at),), 1 / len(at))
+        loss, each = model.loss(ids, layout, ids[at + 1], at, weights, [Segment("a", 0, len(ids))])
+        loss.backward()
+        results.append((each, {n: p.grad.clone() for n, p in adapter_parameters(model, "a").items()}))
+    torch.testing.assert_close(results[1][0], results[0][0], atol=1e-5, rtol=1e-5)
+    for name, gradient in results[1][1].items():
+        torch.testing.assert_close(gradient, results[0][1][name], atol=1e-6, rtol=1e-3, msg=name)

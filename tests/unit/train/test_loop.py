@@ -252,3 +252,21 @@ def test_another_runtime_error_stays_what_it_is(
     monkeypatch.setattr(model, "loss", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         run_with(model, parameters, make_rows([40, 40, 40, 40]), Hooks())
+
+
+def test_rows_that_begin_alike_compute_their_beginning_once(tiny_model: Callable[[str], Path], make_rows: Made) -> None:
+    """Losses within 1e-5 of each row with its own copy; the beginning ends before the first token that predicts a target."""
+    lengths = [12, 30, 8, 25, 18]
+    rows, directory = make_rows(lengths), tiny_model("llama")
+    for row in rows.rows:
+        row.ids[:3] = [7, 8, 9]
+        row.loss_mask[:5] = False
+    whole, once = (loop.pack(rows, range(len(rows)), 1, share=share) for share in (False, True))
+    assert whole.documents.shared == 0
+    assert 3 <= once.documents.shared <= 4
+    assert len(once.ids) == len(whole.ids) - once.documents.shared * (len(rows) - 1)
+    assert once.real_tokens == whole.real_tokens == sum(lengths)
+    assert once.labels.tolist() == whole.labels.tolist()
+    model, _ = model_of(directory)
+    losses = [loop.forward(model, batch, loop.SLOT)[1] for batch in (whole, once)]
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=0)
