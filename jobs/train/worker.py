@@ -221,6 +221,8 @@ class _Session:
         def checkpoint(progress: Progress) -> None:
             state = trainable.engine.state()
             facts = {"tokens": progress.tokens, "loss": progress.loss, "validation_loss": progress.validation_loss}
+            if self.events is not None:
+                self.events.flush()  # what a checkpoint has behind it is on record, should the worker die next
             if state is not None:
                 last = progress.step == progress.total_steps
                 self.checkpoints.save(progress.step, state, facts, wait=last)
