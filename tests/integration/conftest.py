@@ -33,6 +33,9 @@ class Heard:
         if type == "metrics" and "loss" in data and data["step"] == self.kill_after:
             raise Killed
 
+    def flush(self) -> None:
+        """Everything is remembered at once."""
+
     @property
     def losses(self) -> list[float]:
         return [data["loss"] for type, _, data in self.lines if type == "metrics" and "loss" in data]
