@@ -63,22 +63,31 @@ def _batch(model: Decoder, prompts: list[Prompt], max_new_tokens: int, end: froz
     chosen = model.head(hidden).argmax(-1)
 
     answers: list[list[int]] = [[] for _ in prompts]
-    alive = list(range(len(prompts)))
+    rows = list(range(len(prompts)))  # of the cache: which prompt each one answers
+    unfinished = set(rows)
     for _ in range(max_new_tokens):
-        tokens = chosen.tolist()
-        keep = [n for n, token in enumerate(tokens) if token not in end]
-        for n in keep:
-            answers[alive[n]].append(tokens[n])
-        keep = [n for n in keep if len(answers[alive[n]]) < max_new_tokens]
-        if not keep:
+        for row, token in zip(rows, chosen.tolist(), strict=True):
+            if row not in unfinished:
+                continue
+            if token in end:
+                unfinished.remove(row)
+                continue
+            answers[row].append(token)
+            if len(answers[row]) == max_new_tokens:
+                unfinished.remove(row)
+        if not unfinished:
             break
-        if len(keep) < len(alive):
-            alive = [alive[n] for n in keep]
-            chosen = chosen[torch.tensor(keep, device=device)]
+        if len(unfinished) <= _COMPACT * len(rows):
+            keep = [n for n, row in enumerate(rows) if row in unfinished]
+            rows, chosen = [rows[n] for n in keep], chosen[torch.tensor(keep, device=device)]
             cache.keep(keep)
-        hidden = model(chosen, cache.next_positions(), cache, _segments([prompts[n] for n in alive], [1] * len(alive)))
+        hidden = model(chosen, cache.next_positions(), cache, _segments([prompts[r] for r in rows], [1] * len(rows)))
         chosen = model.head(hidden).argmax(-1)
     return answers
+
+
+_COMPACT = 0.75
+"""The cache is rewritten without its finished sequences when so few are left: rewriting it for each one costs more."""
 
 
 def _segments(prompts: Sequence[Prompt], lengths: Sequence[int]) -> list[Segment]:

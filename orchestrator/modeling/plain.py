@@ -72,7 +72,7 @@ class PlainDecoder(nn.Module):
             )
             setattr(model.get_submodule(parent), child, _Adapted(fused, self._current))
         self.model = model
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = self._recomputes = False
 
     @classmethod
     def load(
@@ -94,8 +94,9 @@ class PlainDecoder(nn.Module):
 
     def logits(self, ids: Tensor, keep: Tensor, slot: str | None) -> Tensor:
         """Logits of one document at positions `keep`: ids [tokens] → [kept, vocab]."""
-        if self.gradient_checkpointing and not self.model.is_gradient_checkpointing:
+        if self.gradient_checkpointing and not self._recomputes:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self._recomputes = True
         with self.using(slot):
             return self.model(input_ids=ids[None], use_cache=False, logits_to_keep=keep).logits[0]
 
