@@ -73,8 +73,8 @@ def use_threads(cpus: int) -> None:
 def _keep_freed_memory() -> None:
     """Tell glibc not to give freed memory back to the system between micro-batches.
 
-    By default each activation is mapped anew, and the kernel zeroes every page of it: measured, 54,000 page faults an
-    optimiser step against 18,000, and half of the time in the kernel.
+    By default each activation is mapped anew, and the kernel zeroes every page of it: in one trial 54,000 page faults an
+    optimiser step against 18,000 (0.30 s in the kernel against 0.14 s), with thresholds like these.
     """
     if not sys.platform.startswith("linux"):
         return

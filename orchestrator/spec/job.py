@@ -122,7 +122,7 @@ class TrainSpec(SpecModel):
     """Put whole examples side by side without padding; attention never crosses from one to another."""
 
     micro_batch_tokens: Annotated[int, Field(ge=8)] | Literal["auto"] = "auto"
-    """Most tokens in one forward pass of a worker; lower it when memory runs out, it changes no result."""
+    """Most tokens in one forward pass of a worker; lower it when memory runs out: it changes no result but by rounding."""
 
     seed: int = 0
 
