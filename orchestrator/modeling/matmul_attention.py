@@ -84,7 +84,11 @@ class Layout:
             length_of.append([lengths[d] for d in group])
             start_of.append([starts[d] for d in group])
 
-        queries, keys, query_is_real, key_is_real, key_is_shared = [], [], [], [], []
+        queries: list[Tensor] = []
+        keys: list[Tensor] = []
+        query_is_real: list[Tensor] = []
+        key_is_real: list[Tensor] = []
+        key_is_shared: list[Tensor] = []
         for block, lengths_here, starts_here in zip(self.blocks, length_of, start_of, strict=True):
             length, start = torch.tensor(lengths_here)[:, None], torch.tensor(starts_here)[:, None]
             for first, last, tokens, real in (
