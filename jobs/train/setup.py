@@ -15,10 +15,10 @@ import psutil
 import torch
 from torch import Tensor
 
+from jobs.train.artifact import lora_shape
 from jobs.train.batches import Batches
 from jobs.train.engines import Engine, SingleEngine
 from jobs.train.loop import SLOT
-from jobs.train.publish import lora_shape
 from orchestrator.errors import ModelError
 from orchestrator.modeling.base_model import BaseModel
 from orchestrator.modeling.decoder import Decoder, adapter_parameters, add_adapter
