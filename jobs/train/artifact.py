@@ -5,10 +5,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from orchestrator.errors import AdapterError
 from orchestrator.modeling.adapter_files import AdapterConfig, read_adapter, write_adapter
@@ -39,7 +38,7 @@ def write_trained_adapter(directory: Path, tuning: LoraTuning, base_name: str, t
     write_adapter(directory, config, tensors)
 
 
-def load_adapter(model: Any, slot: str, directory: Path) -> None:
+def load_adapter(model: nn.Module, slot: str, directory: Path) -> None:
     """Put an adapter's files into a slot.
 
     Raises:

@@ -18,8 +18,9 @@ from jobs.train.fence import check_still_ours
 from jobs.train.session import Session
 from jobs.train.setup import Trainable, load_network
 from orchestrator.modeling.base_model import BaseModel
-from orchestrator.modeling.decoder import adapter_tensors
+from orchestrator.modeling.decoder import Decoder, adapter_tensors
 from orchestrator.modeling.loading import DTYPES, full_tensors, load_model
+from orchestrator.modeling.plain import PlainDecoder
 from orchestrator.registry.adapters import publish_adapter, publish_weights
 from orchestrator.registry.provenance import BaseModelRecord, Provenance
 from orchestrator.runs.result import EvaluationResult, RunResult
@@ -80,7 +81,7 @@ def _write(
         write_trained_adapter(directory, tuning, base.loadable_name, tensors)
 
 
-def _loaded_back(directory: Path, session: Session, trainable: Trainable, base: BaseModel) -> Any:
+def _loaded_back(directory: Path, session: Session, trainable: Trainable, base: BaseModel) -> Decoder | PlainDecoder:
     """A network that holds what the files say: the trained one with one more slot, or a fresh one."""
     spec = session.spec
     if isinstance(spec.tuning, FullTuning):
@@ -91,13 +92,13 @@ def _loaded_back(directory: Path, session: Session, trainable: Trainable, base: 
     return network.eval()
 
 
-def _fresh(session: Session, base: BaseModel) -> Any:
+def _fresh(session: Session, base: BaseModel) -> Decoder | PlainDecoder:
     """The base as it was, whole, on this rank alone."""
     return load_network(session.spec, base, session.place, whole=True).eval()
 
 
 def _evaluate(
-    session: Session, published: Any, base: BaseModel, tokenizer: Any, test: list[TestRow]
+    session: Session, published: Decoder | PlainDecoder, base: BaseModel, tokenizer: Any, test: list[TestRow]
 ) -> EvaluationResult:
     spec = session.spec.evaluate
     assert spec is not None
