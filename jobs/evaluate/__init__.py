@@ -8,7 +8,9 @@ from typing import Any
 from jobs.data import TestRow
 from jobs.data.render import Renderer
 from jobs.evaluate.metrics import score
+from orchestrator.modeling.decoder import Decoder
 from orchestrator.modeling.generate import Prompt, generate
+from orchestrator.modeling.plain import PlainDecoder
 from orchestrator.runs.result import AnswerSample, EvaluationResult
 from orchestrator.spec.job import EvaluateSpec
 
@@ -16,7 +18,7 @@ _SAMPLES = 10
 
 
 def answer(
-    model: Any,
+    model: Decoder | PlainDecoder,
     tokenizer: Any,
     rows: Sequence[TestRow],
     slots: Sequence[str | None],
@@ -27,13 +29,13 @@ def answer(
     renderer = Renderer(tokenizer)
     ids = [tokenizer(renderer.prompt(row.messages, row.tools), add_special_tokens=False)["input_ids"] for row in rows]
     prompts = [Prompt(prompt, slot) for slot in slots for prompt in ids]
-    end = end_tokens(model, tokenizer)
+    end = end_tokens(tokenizer)
     out = generate(model, prompts, max_new_tokens=max_new_tokens, end=end, progress=progress)
     texts = tokenizer.batch_decode(out, skip_special_tokens=True)
     return [texts[n * len(rows) : (n + 1) * len(rows)] for n in range(len(slots))]
 
 
-def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+def end_tokens(tokenizer: Any) -> frozenset[int]:
     """What ends a turn: the tokenizer's end of sequence and the template's end of turn."""
     names = [tokenizer.eos_token, "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"]
     vocabulary = tokenizer.get_vocab()

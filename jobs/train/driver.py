@@ -129,6 +129,7 @@ def _worker(config: dict[str, Any]) -> None:
     import ray.train
     import torch
 
+    from jobs.train.session import Session
     from jobs.train.setup import Place, use_threads
     from jobs.train.worker import run_worker
 
@@ -166,20 +167,12 @@ def _worker(config: dict[str, Any]) -> None:
         try:
             cache = load_settings().cache
             cache.mkdir(parents=True, exist_ok=True)
-            result = run_worker(
-                resolved,
-                attempt,
-                store=store,
-                cache=cache,
-                place=place,
-                events=events,
-                seconds={
-                    "job_start": round(config["began"] - resolved.created_at, 2),
-                    "worker_start": round(entered - config["began"], 2),
-                    "imports": round(imported - entered, 2),
-                },
-                report=report,
-            )
+            seconds = {
+                "job_start": round(config["began"] - resolved.created_at, 2),
+                "worker_start": round(entered - config["began"], 2),
+                "imports": round(imported - entered, 2),
+            }
+            result = run_worker(Session(resolved, attempt, store, cache, place, events, seconds, report))
         finally:
             if events:
                 events.close()

@@ -17,9 +17,8 @@ from jobs.train.batches import Batches
 from jobs.train.engines import Engine
 from orchestrator.errors import OutOfMemory, TrainingDiverged
 from orchestrator.modeling.attention import Documents
-from orchestrator.modeling.decoder import Decoder
 from orchestrator.modeling.lora import Segment
-from orchestrator.modeling.plain import PlainDecoder
+from orchestrator.modeling.network import Network
 
 SLOT = "tuned"
 """The adapter slot that a single fine-tune trains."""
@@ -71,7 +70,7 @@ class Hooks:
 
 
 def train(
-    model: Decoder | PlainDecoder,
+    model: Network,
     engine: Engine,
     rows: Rows,
     batches: Batches,
@@ -188,7 +187,7 @@ def common_beginning(picked: Sequence[Any]) -> int:
     return min([most, *(int(places[0]) for places in learned if len(places))])
 
 
-def forward(model: Any, batch: PackedBatch, slot: str | None) -> tuple[Tensor, Tensor]:
+def forward(model: Network, batch: PackedBatch, slot: str | None) -> tuple[Tensor, Tensor]:
     """The micro-batch's share of the step's loss, and each labelled token's own loss."""
     segments = [Segment(slot, 0, len(batch.ids))]
     return model.loss(batch.ids, batch.documents, batch.labels, batch.at, batch.token_weights, segments)
@@ -209,7 +208,7 @@ def memory_explained(batch: PackedBatch) -> Iterator[None]:
 
 @torch.no_grad()
 def mean_loss(
-    model: Any,
+    model: Network,
     rows: Rows,
     batches: Batches,
     *,

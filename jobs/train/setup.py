@@ -15,14 +15,15 @@ import psutil
 import torch
 from torch import Tensor
 
+from jobs.train.artifact import lora_shape
 from jobs.train.batches import Batches
 from jobs.train.engines import Engine, SingleEngine
 from jobs.train.loop import SLOT
-from jobs.train.publish import lora_shape
 from orchestrator.errors import ModelError
 from orchestrator.modeling.base_model import BaseModel
 from orchestrator.modeling.decoder import Decoder, adapter_parameters, add_adapter
 from orchestrator.modeling.loading import DTYPES, full_parameters, load_model, train_everything
+from orchestrator.modeling.network import Network
 from orchestrator.modeling.plain import PlainDecoder
 from orchestrator.spec.job import FullTuning, JobSpec, QloraTuning, TrainSpec
 
@@ -53,9 +54,8 @@ _WISHES: list[str | None] = [None, "pause", "cancel"]
 class Trainable:
     """A network with what trains it."""
 
-    network: Any
-    """Decoder or PlainDecoder itself."""
-    model: Any
+    network: Decoder | PlainDecoder
+    model: Network
     """What the loop calls: the network, or the engine that stands for it (DeepSpeed)."""
     engine: Engine
     slot: str | None
@@ -92,7 +92,7 @@ def uses_deepspeed(spec: JobSpec, place: Place) -> bool:
     return place.workers > 1 or (isinstance(spec.tuning, FullTuning) and place.device.type == "cuda")
 
 
-def make_trainable(spec: JobSpec, base: BaseModel, place: Place, accumulation: Callable[[Any], int]) -> Trainable:
+def make_trainable(spec: JobSpec, base: BaseModel, place: Place, accumulation: Callable[[Network], int]) -> Trainable:
     """Load the base, add the adapter (or free every weight), and choose the engine.
 
     Args:
@@ -138,7 +138,7 @@ def load_network(spec: JobSpec, base: BaseModel, place: Place, *, whole: bool = 
     )
 
 
-def make_batches(spec: JobSpec, lengths: Any, network: Any, place: Place) -> Batches:
+def make_batches(spec: JobSpec, lengths: Any, network: Network, place: Place) -> Batches:
     """The run's optimiser steps, dealt to this many workers."""
     train = spec.train
     return Batches(
@@ -154,7 +154,7 @@ def make_batches(spec: JobSpec, lengths: Any, network: Any, place: Place) -> Bat
     )
 
 
-def validation_batches(lengths: Any, network: Any, place: Place) -> Batches:
+def validation_batches(lengths: Any, network: Network, place: Place) -> Batches:
     """All rows once, in an order that does not matter."""
     return Batches(
         lengths,
@@ -168,7 +168,7 @@ def validation_batches(lengths: Any, network: Any, place: Place) -> Batches:
     )
 
 
-def micro_batch_tokens(train: TrainSpec, network: Any, place: Place, longest: int) -> int:
+def micro_batch_tokens(train: TrainSpec, network: Network, place: Place, longest: int) -> int:
     """`auto`: what a third of the free memory holds, and no more than what a forward pass gains from.
 
     Matmuls of a CPU are at their peak from a few hundred tokens; those of a GPU want thousands.

@@ -201,29 +201,18 @@ class Decoder(nn.Module):
     def loss(
         self,
         ids: Tensor,
-        attention: Any,
+        attention: Documents,
         labels: Tensor,
         at: Tensor,
         token_weights: Tensor,
         segments: Sequence[Segment] = (),
     ) -> tuple[Tensor, Tensor]:
-        """Weighted next-token loss of packed documents.
-
-        Args:
-            ids: [tokens].
-            attention: `Documents`.
-            labels: [labelled], the token that should follow each position of `at`.
-            at: [labelled], positions in the packed batch, ascending.
-            token_weights: [labelled], fp32.
-
-        Returns:
-            The weighted sum, and each token's loss ([labelled], fp32).
-        """
+        """As `Network.loss`."""
         hidden = self(ids, attention.positions, attention, segments, at)
         return self.head(hidden, labels, token_weights)
 
     def logits(self, ids: Tensor, keep: Tensor, slot: str | None) -> Tensor:
-        """Logits of one document at positions `keep`: ids [tokens] → [kept, vocab]."""
+        """As `Network.logits`."""
         document = Documents([len(ids)], ids.device)
         return self.head(self(ids, document.positions, document, [Segment(slot, 0, len(ids))], keep))
 

@@ -59,17 +59,12 @@ class Job:
 
     def work(self, heard: Heard | None = None, attempt: int = 1) -> RunResult:
         """One attempt on one worker, in this process."""
+        from jobs.train.session import Session
         from jobs.train.setup import Place
         from jobs.train.worker import run_worker
 
-        result = run_worker(
-            self.resolved,
-            attempt,
-            store=self.store,
-            cache=self.cache,
-            place=Place(),
-            events=heard or Heard(),  # type: ignore[arg-type]
-        )
+        events: Any = heard or Heard()
+        result = run_worker(Session(self.resolved, attempt, self.store, self.cache, Place(), events))
         assert result is not None
         return result
 

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
+from jobs.train.artifact import load_adapter
 from jobs.train.loop import SLOT
-from jobs.train.publish import load_adapter
 from orchestrator.errors import ModelError, TrainingDiverged
 from orchestrator.modeling.loading import load_model
 from orchestrator.registry.adapters import AdapterSummary
