@@ -19,6 +19,7 @@ from jobs.data import PreparedData, load_tokenizer, prepare
 from jobs.evaluate import answer, compare
 from jobs.train.checkpoints import Checkpoints
 from jobs.train.control import Control
+from jobs.train.exhausted import explained_exhaustion
 from jobs.train.fence import check_still_ours
 from jobs.train.loop import Hooks, Progress, mean_loss, train
 from jobs.train.publish import (
@@ -34,11 +35,10 @@ from jobs.train.setup import (
     Trainable,
     explained,
     load_network,
-    make_batches,
     make_trainable,
     validation_batches,
 )
-from orchestrator.errors import AdaptoryError, OutOfMemory
+from orchestrator.errors import AdaptoryError
 from orchestrator.modeling.base_model import BaseModel, materialize, require_chat_template
 from orchestrator.modeling.decoder import adapter_tensors
 from orchestrator.modeling.loading import DTYPES, full_tensors, load_model
@@ -73,15 +73,15 @@ def run_worker(
         report: told of each checkpoint (metrics, path in the store) on every rank: Ray Train's barrier.
 
     Raises:
-        OutOfMemory: of one rank among several; every other error of a person's is in the result.
+        AdaptoryError: of one rank among several, for `driver` to end the group with; alone, it is in the result.
     """
     session = _Session(resolved, attempt, store, cache, place, events, dict(seconds or {}), report)
     try:
         result = session.run()
     except AdaptoryError as error:
-        if isinstance(error, OutOfMemory) and place.workers > 1:
-            raise  # the other ranks wait in a collective: only ending the group frees them
         log.error("%s", error)
+        if place.workers > 1:
+            raise  # the other ranks may wait for this one in a collective: only ending the group frees them
         session.say("message", str(error), level="error")
         result = session.result(RunState.FAILED, error=error.to_dict())
     finally:
@@ -126,14 +126,8 @@ class _Session:
         with self.phase("preparing"):
             data = self._data(base, tokenizer)
         with self.phase("building"), explained(base.path):
-            lengths = data.train.lengths
-            trainable = make_trainable(
-                spec,
-                base,
-                self.place,
-                lambda net: len(make_batches(spec, lengths, net, self.place).micro_batches(0, 0)),
-            )
-            batches = make_batches(spec, lengths, trainable.network, self.place)
+            trainable = make_trainable(spec, base, self.place, data.train.lengths)
+            batches = trainable.batches
             self._resume(trainable, batches.total_steps)
         with self.phase("training"):
             stop = train(
@@ -190,7 +184,7 @@ class _Session:
 
     def _resume(self, trainable: Trainable, total_steps: int) -> None:
         self.progress.total_steps = total_steps
-        found = self.checkpoints.latest()
+        found = self.checkpoints.agreed(self.place)
         if found is None:
             return
         step, state, facts = found
@@ -204,7 +198,8 @@ class _Session:
         checkpoint_every = max(1, min(200, math.ceil(total_steps / 10))) if keep.every == "auto" else keep.every
         validate = None
         if data.validation is not None and len(data.validation):
-            rows, batches = data.validation, validation_batches(data.validation.lengths, trainable.network, self.place)
+            rows = data.validation
+            batches = validation_batches(rows.lengths, trainable.network, self.place, self.spec.train)
 
             def validate(progress: Progress) -> None:
                 progress.validation_loss = mean_loss(
@@ -374,7 +369,8 @@ class _Session:
             self._phase = name
         start = time.perf_counter()
         try:
-            yield
+            with explained_exhaustion(name, self.cache):
+                yield
         finally:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 2)
 
