@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from jobs.train.exhausted import explained_exhaustion
 from jobs.train.loop import Progress
 from jobs.train.setup import Place
 from orchestrator.runs.events import EventType, EventWriter
@@ -58,7 +59,8 @@ class Session:
             self._phase = name
         start = time.perf_counter()
         try:
-            yield
+            with explained_exhaustion(name, self.cache):
+                yield
         finally:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 2)
 

@@ -15,8 +15,8 @@ from jobs.train.loop import Hooks, Progress, mean_loss, train
 from jobs.train.publish import publish
 from jobs.train.schedule import learning_rates
 from jobs.train.session import Session
-from jobs.train.setup import Trainable, explained, make_batches, make_trainable, validation_batches
-from orchestrator.errors import AdaptoryError, OutOfMemory
+from jobs.train.setup import Trainable, explained, make_trainable, validation_batches
+from orchestrator.errors import AdaptoryError
 from orchestrator.modeling.base_model import BaseModel, materialize, require_chat_template
 from orchestrator.runs.result import RunResult
 from orchestrator.runs.states import RunState
@@ -29,7 +29,7 @@ def run_worker(session: Session) -> RunResult | None:
     """One attempt on one worker, to its end; rank 0 gets the result.
 
     Raises:
-        OutOfMemory: of one rank among several; every other error of a person's is in the result.
+        AdaptoryError: of one rank among several, for `driver` to end the group with; alone, it is in the result.
     """
     store, run, attempt, place = session.store, session.resolved.run, session.attempt, session.place
     control = Control(store, run, attempt) if place.rank == 0 else None
@@ -38,9 +38,9 @@ def run_worker(session: Session) -> RunResult | None:
     try:
         result = _run(session, control, checkpoints)
     except AdaptoryError as error:
-        if isinstance(error, OutOfMemory) and place.workers > 1:
-            raise  # the other ranks wait in a collective: only ending the group frees them
         log.error("%s", error)
+        if place.workers > 1:
+            raise  # the other ranks may wait for this one in a collective: only ending the group frees them
         session.say("message", str(error), level="error")
         result = session.result(RunState.FAILED, error=error.to_dict())
     finally:
@@ -58,11 +58,8 @@ def _run(session: Session, control: Control | None, checkpoints: Checkpoints) ->
     with session.phase("preparing"):
         data = _data(session, tokenizer)
     with session.phase("building"), explained(base.path):
-        lengths = data.train.lengths
-        trainable = make_trainable(
-            spec, base, place, lambda net: len(make_batches(spec, lengths, net, place).micro_batches(0, 0))
-        )
-        batches = make_batches(spec, lengths, trainable.network, place)
+        trainable = make_trainable(spec, base, place, data.train.lengths)
+        batches = trainable.batches
         session.progress.total_steps = batches.total_steps
         _resume(session, checkpoints, trainable)
     with session.phase("training"):
@@ -121,7 +118,7 @@ def _data(session: Session, tokenizer: Any) -> PreparedData:
 
 def _resume(session: Session, checkpoints: Checkpoints, trainable: Trainable) -> None:
     """Go on from the newest checkpoint, if there is one."""
-    found = checkpoints.latest()
+    found = checkpoints.agreed(session.place)
     if found is None:
         return
     step, state, facts = found
@@ -143,7 +140,8 @@ def _hooks(
     checkpoint_every = max(1, min(200, math.ceil(total_steps / 10))) if keep.every == "auto" else keep.every
     validate = None
     if data.validation is not None and len(data.validation):
-        rows, batches = data.validation, validation_batches(data.validation.lengths, trainable.network, place)
+        rows = data.validation
+        batches = validation_batches(rows.lengths, trainable.network, place, session.spec.train)
 
         def validate(progress: Progress) -> None:
             progress.validation_loss = mean_loss(
