@@ -213,6 +213,7 @@ def test_a_disk_that_fills_and_stays_full_ends_the_run_and_loses_nothing(
 LIMITED = """
 import resource, sys
 from pathlib import Path
+from jobs.train.session import Session
 from jobs.train.setup import Place, use_threads
 from jobs.train.worker import run_worker
 from orchestrator.spec.resolved import ResolvedSpec
@@ -232,7 +233,7 @@ class Events:
 use_threads(1)
 store = Store(url)
 resolved = ResolvedSpec.model_validate(store.read_json(spec_path(run)))
-result = run_worker(resolved, 1, store=store, cache=Path(cache), place=Place(), events=Events())
+result = run_worker(Session(resolved, 1, store, Path(cache), Place(), Events()))
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 print(result.model_dump_json())
 """
