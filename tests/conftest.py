@@ -33,7 +33,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ARCHITECTURES = ("llama", "llama-untied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
-"""Every tiny model that the fused decoder supports; `gpt2` besides takes the plain path."""
+"""Every tiny model that the fused decoder supports. Besides: `llama-wide` has 33 MB of weights; `phi` takes the plain path
+(parallel blocks, layer norms with biases, partial rotary); `gpt2` has nothing that an adapter could target."""
 
 CHATML = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
@@ -184,11 +185,20 @@ def _config(architecture: str, vocab: int) -> Any:
             return transformers.Gemma2Config(**gemma | extra | {"num_hidden_layers": 3, "layer_types": alternating})
         case "gemma3_text":
             return transformers.Gemma3TextConfig(**gemma | {"num_hidden_layers": 3, "layer_types": alternating})
+        case "llama-wide":
+            wide = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "head_dim": 64}
+            return transformers.LlamaConfig(**shape | wide)
+        case "phi":
+            for name in ("num_key_value_heads", "head_dim"):
+                shape.pop(name)
+            return transformers.PhiConfig(**shape)
         case "gpt2":
             return transformers.GPT2Config(
                 vocab_size=vocab, n_embd=64, n_layer=2, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=2
             )
-    raise ValueError(f"no tiny model for {architecture!r}: one of {', '.join((*ARCHITECTURES, 'gpt2'))}")
+    raise ValueError(
+        f"no tiny model for {architecture!r}: one of {', '.join((*ARCHITECTURES, 'llama-wide', 'phi', 'gpt2'))}"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,8 @@ def _no_such_file(reference: str, path: Path) -> DataError:
 
 def local_rows(path: Path, name: str) -> Iterator[Row]:
     """Rows of one local file, called `name` in messages."""
-    with _explained(name), fsspec.open(path.absolute().as_uri(), "rb", compression=_compression(name)) as stream:
+    files = fsspec.filesystem("file")  # not by URL: fsspec does not decode what a URL must encode, such as a space
+    with _explained(name), files.open(str(path.absolute()), "rb", compression=_compression(name)) as stream:
         yield from file_rows(stream, name)
 
 

@@ -37,7 +37,8 @@ def load_model(
         directory: a materialised base model.
         quantize: packs each linear's weight (see `orchestrator.modeling.quantization`).
         plain: take the plain path even where the fused one could run.
-        building: entered while the network is made (ZeRO-3 partitions each weight as it is read).
+        building: entered while a fused decoder is made (ZeRO-3 partitions each weight as it is read). The plain path reads
+            all weights first, as transformers does, and leaves it to the engine to partition them.
 
     Raises:
         ModelError: no decoder, or weights that are missing or do not fit the config.
@@ -47,11 +48,9 @@ def load_model(
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     architecture = None if plain else fused_architecture(config)
-    building = building or nullcontext()
     if architecture is None:
-        with building:
-            return PlainDecoder.load(directory, dtype=dtype, device=device, quantize=quantize)
-    with open_weights(directory) as read, building:
+        return PlainDecoder.load(directory, dtype=dtype, device=device, quantize=quantize)
+    with open_weights(directory) as read, building or nullcontext():
         try:
             return Decoder(architecture, lambda name: read(name).to(device=device, dtype=dtype), quantize)
         except RuntimeError as error:

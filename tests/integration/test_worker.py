@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
+from transformers import AutoModelForCausalLM
 
 from jobs.train.artifact import load_adapter
 from jobs.train.loop import SLOT
@@ -251,11 +250,10 @@ print(result.model_dump_json())
     ],
 )
 def test_memory_that_runs_out_is_a_typed_error_that_names_what_to_lower(
-    make_job: Make, tiny_model: Any, tmp_path: Path, phase: str, message: str, hint: str
+    make_job: Make, phase: str, message: str, hint: str
 ) -> None:
     """A process whose address space ends 8 MiB above what it has when the phase begins."""
-    base = wide_llama(tmp_path / "wide", tiny_model("llama"))
-    job = make_job(base, train={"micro_batch_tokens": 2048})
+    job = make_job("llama-wide", train={"micro_batch_tokens": 2048})
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, job.store.url, str(job.cache), job.resolved.run, phase],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -273,36 +271,7 @@ def test_memory_that_runs_out_is_a_typed_error_that_names_what_to_lower(
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def wide_llama(directory: Path, tokenizer: Path) -> Path:
-    """33 MB of weights: more than the heap happens to have free."""
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=512, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=8,
-        max_position_embeddings=512, bos_token_id=0, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(directory)
-    with_tokenizer(directory, tokenizer)
-    return directory
-
-
-def with_tokenizer(directory: Path, tokenizer: Path) -> None:
-    for file in tokenizer.iterdir():
-        if file.name.startswith(("tokenizer", "chat_template", "special")):
-            shutil.copy(file, directory / file.name)
-
-
 # --- every kind of model --------------------------------------------------------------------------------------------
-
-
-def tiny_phi(directory: Path, tokenizer: Path) -> Path:
-    """A decoder that the fused path does not know: parallel blocks, layer norms with biases, partial rotary."""
-    config = PhiConfig(
-        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=512, bos_token_id=0, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    PhiForCausalLM(config).save_pretrained(directory)
-    with_tokenizer(directory, tokenizer)
-    return directory
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -320,8 +289,8 @@ def test_every_architecture_trains(make_job: Make, heard: Any, architecture: str
 def test_any_other_decoder_trains_on_the_plain_path(
     make_job: Make, tiny_model: Any, tmp_path: Path, tuning: str
 ) -> None:
-    base = tiny_phi(tmp_path / "phi", tiny_model("llama"))
-    job = make_job(base, tuning=TUNINGS[tuning], train={"max_steps": 3}, evaluate=EVALUATE)
+    base = tiny_model("phi")
+    job = make_job("phi", tuning=TUNINGS[tuning], train={"max_steps": 3}, evaluate=EVALUATE)
     result = job.work()
     assert result.state is RunState.SUCCEEDED, result.error
     directory = job.fetched(result.adapter, tmp_path / "out")

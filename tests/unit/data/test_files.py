@@ -170,3 +170,13 @@ def test_truncated_compression_is_damage(tmp_path: Path) -> None:
         assert [row for row, _ in local_rows(whole, name)] == ROWS
         with pytest.raises(DataError, match="damaged"):
             list(local_rows(cut, name))
+
+
+@pytest.mark.parametrize("folder", ["My Data", "100%20", "a::b", "ü [1]*"])
+def test_a_path_may_hold_any_character(tmp_path: Path, folder: str) -> None:
+    from jobs.data.sources import local_rows
+
+    path = tmp_path / folder / "rows.jsonl.gz"
+    path.parent.mkdir()
+    path.write_bytes(gzip.compress(lines(ROWS).encode()))
+    assert [row for row, _ in local_rows(path, path.name)] == ROWS
