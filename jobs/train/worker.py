@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from jobs.data import PreparedData, load_tokenizer, prepare
-from jobs.evaluate import answer, compare
+from jobs.evaluate import BASE, Candidate, answer, compare
 from jobs.train.checkpoints import Checkpoints
 from jobs.train.control import Control
 from jobs.train.fence import check_still_ours
@@ -283,7 +283,7 @@ class _Session:
                     lambda: (self._fresh(base) if full else checker).logits(probe, keep, None).float(),
                     tolerance=0.0 if checker is trainable.network else 1e-4 if self._exact else 2e-2,
                 )
-            evaluation = self._evaluate(checker, base, tokenizer, data) if self.spec.evaluate else None
+            evaluation = self._evaluate(checker, directory, base, tokenizer, data) if self.spec.evaluate else None
             with self.phase("publishing"):
                 check_still_ours(self.store, self.resolved.run, self.attempt)
                 digest = self._to_store(directory, base, data, evaluation, probes)
@@ -315,7 +315,9 @@ class _Session:
     def _fresh(self, base: BaseModel) -> Any:
         return load_network(self.spec, base, self.place, whole=True).eval()
 
-    def _evaluate(self, checker: Any, base: BaseModel, tokenizer: Any, data: PreparedData) -> EvaluationResult:
+    def _evaluate(
+        self, checker: Any, artifact: Path, base: BaseModel, tokenizer: Any, data: PreparedData
+    ) -> EvaluationResult:
         spec = self.spec.evaluate
         assert spec is not None
         rows = data.test[: spec.rows]
@@ -328,10 +330,11 @@ class _Session:
         with self.phase("evaluating"):
             progress(0)(0)
             if full:
-                (before,) = answer(self._fresh(base), tokenizer, rows, [None], spec.max_new_tokens, progress(0))
-                (after,) = answer(checker, tokenizer, rows, [None], spec.max_new_tokens, progress(len(rows)))
+                (before,) = answer(self._fresh(base), tokenizer, rows, [BASE], spec.max_new_tokens, progress(0))
+                (after,) = answer(checker, tokenizer, rows, [BASE], spec.max_new_tokens, progress(len(rows)))
             else:
-                before, after = answer(checker, tokenizer, rows, [None, PUBLISHED], spec.max_new_tokens, progress(0))
+                candidates = [BASE, Candidate(PUBLISHED, artifact)]
+                before, after = answer(checker, tokenizer, rows, candidates, spec.max_new_tokens, progress(0))
         return compare(spec, rows, before, after)
 
     def _to_store(

@@ -26,6 +26,20 @@ class KeyValueCache:
         shape = (a.num_layers, 2 * a.num_kv_heads, blocks * size, a.head_dim)
         self.memory = torch.zeros(shape, dtype=dtype, device=device)
         """[layers, heads of keys then heads of values, tokens of all blocks, head_dim]"""
+        self._gathered = self.memory.new_empty(0)
+
+    def gather(self, layer: int, blocks: Tensor) -> Tensor:
+        """One layer's keys and values of these blocks: [2·kv_heads, blocks, size · head_dim], until this is called again.
+
+        Every layer's are gathered into the same memory: fresh pages for each would cost as much as the copy.
+        """
+        memory = self.memory[layer]
+        by_block = memory.view(len(memory), -1, self.size * memory.shape[2])
+        needed = len(memory) * len(blocks) * by_block.shape[2]
+        if self._gathered.numel() < needed:
+            self._gathered = memory.new_empty(2 * needed)
+        out = self._gathered[:needed].view(len(memory), len(blocks), by_block.shape[2])
+        return torch.index_select(by_block, 1, blocks, out=out)
 
     def clear(self, blocks: Listed[int]) -> None:
         """Zero what blocks held before: a sequence's padding is read, then masked, and must not be NaN."""
@@ -87,22 +101,20 @@ class StepAttention:
         self.groups = self._grouped(spans)
 
     def __call__(self, layer: int, qkv: Tensor, shape: AttentionShape, window: int | None) -> Tensor:
-        memory = self.cache.memory[layer]
-        memory.index_copy_(1, self.places, qkv[:, shape.heads :].transpose(0, 1))
+        self.cache.memory[layer].index_copy_(1, self.places, qkv[:, shape.heads :].transpose(0, 1))
         if len(self.groups) == 1 and self.groups[0].rows is None:
-            return self._attend(self.groups[0], memory, qkv, shape, window)
+            return self._attend(self.groups[0], layer, qkv, shape, window)
         out = qkv.new_empty(len(qkv), shape.heads * shape.head_dim)
         for group in self.groups:
-            out[group.rows] = self._attend(group, memory, qkv[group.rows], shape, window)
+            out[group.rows] = self._attend(group, layer, qkv[group.rows], shape, window)
         return out
 
-    def _attend(self, group: _Group, memory: Tensor, qkv: Tensor, shape: AttentionShape, window: int | None) -> Tensor:
+    def _attend(self, group: _Group, layer: int, qkv: Tensor, shape: AttentionShape, window: int | None) -> Tensor:
         """[sequences · count, heads + 2·kv_heads, head_dim] → [sequences · count, heads · head_dim]."""
         n, kv, dim = len(group.spans), shape.kv_heads, shape.head_dim
         count, per_key = len(qkv) // n, self.heads_per_key
         view = self._view(group, window, qkv.dtype)
-        by_block = memory.view(2 * kv, -1, self.cache.size * dim)
-        keys, values = by_block.index_select(1, view.blocks).view(2, kv * n, -1, dim)
+        keys, values = self.cache.gather(layer, view.blocks).view(2, kv * n, -1, dim)
         queries = qkv[:, : shape.heads].view(n, count, kv, per_key, dim).permute(2, 0, 3, 1, 4)
         queries = queries.reshape(kv * n, per_key * count, dim)
         if shape.softcap is None:

@@ -64,6 +64,14 @@ class ServedNetwork:
     def mixture(self, segments: Sequence[Segment]) -> Mixture:
         return Mixture(segments, self._ranks, self.device)
 
+    def cache_tokens(self, share: float) -> int:
+        """Tokens of a key-value cache that takes this share of the memory that is free now."""
+        free = psutil.virtual_memory().available
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+        a = self.architecture
+        return int(share * free) // (2 * a.num_layers * a.kv_size * self.dtype.itemsize)
+
     @property
     def adapters(self) -> tuple[str, ...]:
         return tuple(self._ranks)
