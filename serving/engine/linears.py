@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from orchestrator.modeling.lora import FusedLinear, Segment
+from orchestrator.modeling.lora import FrozenWeight, FusedLinear, Projection, Segment
 
 _PATCH = 2048
 """Tokens times adapters' ranks up to which segments are one patch: there the waste is as dear as another pair of matmuls."""
@@ -77,26 +77,62 @@ class Mixture(list[Segment]):
             self.patches.append(Patch(segment.start, segment.stop, (segment.slot,), [0] * count, device))
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What a stack adds to one projection's output features."""
-
-    start: int
-    stop: int
-    columns: slice
-    b: Tensor
-    """[rank, out]: B transposed, of several adapters one below the other."""
-
-
-@dataclass(frozen=True)
 class _Stack:
-    """Several adapters' updates of one linear side by side."""
+    """Several adapters' updates of one linear side by side.
 
-    a: Tensor
-    """[in, columns]"""
-    parts: list[_Part]
-    owners: tuple[int, ...]
-    """Of each column: which adapter of the patch."""
+    Args:
+        chosen: updates, and which adapter of the patch each belongs to, ordered by projection.
+        projections: of the linear.
+        packs: whether its weights can be packed.
+    """
+
+    def __init__(self, chosen: Sequence[tuple[Update, int]], projections: Sequence[Projection], packs: bool):
+        self.a = torch.cat([update.a for update, _ in chosen])
+        """[columns, in]"""
+        self.owners = tuple(owner for update, owner in chosen for _ in range(len(update.a)))
+        """Of each column: which adapter of the patch."""
+        self.parts: list[tuple[slice, slice, Tensor]] = []
+        """Of each projection: its output features, its columns, and B transposed: [rank, out]."""
+        column = 0
+        for number, projection in enumerate(projections):
+            bs = [update.b for update, _ in chosen if update.projection == number]
+            if bs:
+                b = torch.cat(bs, 1).t().contiguous()
+                features = slice(projection.start, projection.stop)
+                self.parts.append((features, slice(column, column + len(b)), b))
+                column += len(b)
+        self._out, self._packs, self._uses = projections[-1].stop, packs, 0
+        self._packed: tuple[Tensor, Tensor] | None = None
+
+    def add_to(self, y: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+        """y + (x Aᵀ · mask) Bᵀ; y itself may be changed or not."""
+        self._uses += 1
+        if self._packs and self._uses == _PACK_AFTER:
+            self._packed = self._pack()
+        if self._packed is not None:
+            a, b = self._packed
+            low = packed_linear(x, a, None) if mask is None else packed_linear_with(x, a, mask, "mul")
+            return packed_linear_with(low, b, y, "add")
+        low = x @ self.a.t()
+        if mask is not None:
+            low.mul_(mask)
+        for features, columns, b in self.parts:
+            y[:, features].addmm_(low[:, columns], b)
+        return y
+
+    def _pack(self) -> tuple[Tensor, Tensor] | None:
+        """A, and B of all projections as one: zeros where a column belongs to another projection."""
+        whole = self.a.new_zeros(self._out, len(self.a))
+        for features, columns, b in self.parts:
+            whole[features, columns] = b.t()
+        packed_a, packed_b = packed(self.a), packed(whole)
+        if packed_a is None or packed_b is None:
+            return None
+        self.a, self.parts = self.a.new_empty(0), []  # not needed again
+        return packed_a, packed_b
+
+
+_PACK_AFTER = 4  # steps; which adapters share a step changes, and packing costs as much as several uses save
 
 
 class ServedLinear(nn.Module):
@@ -113,7 +149,7 @@ class ServedLinear(nn.Module):
         self.bias = linear.bias
         self._packed = packed(linear.weight.detach()) if pack and isinstance(linear.weight, Tensor) else None
         # a packed weight is all that serving needs: the plain one goes when the decoder does
-        self.weight = linear.weight if self._packed is None else None
+        self.weight: Tensor | FrozenWeight | None = linear.weight if self._packed is None else None
         self._updates: dict[str, tuple[Update, ...]] = {}
         self._stacks: dict[tuple[str, ...], _Stack | None] = {}
 
@@ -134,12 +170,14 @@ class ServedLinear(nn.Module):
             stack = self._stack(patch.slots)
             if stack is None:
                 continue
-            low = x[patch.start : patch.stop] @ stack.a
-            if len(patch.slots) > 1:
-                low.mul_(patch.mask(stack.owners, low.dtype))
-            rows = y[patch.start : patch.stop]
-            for part in stack.parts:
-                rows[:, part.start : part.stop].addmm_(low[:, part.columns], part.b)
+            mask = patch.mask(stack.owners, x.dtype) if len(patch.slots) > 1 else None
+            if patch.stop - patch.start == len(x):
+                y = stack.add_to(y, x, mask)
+            else:
+                rows = y[patch.start : patch.stop]
+                updated = stack.add_to(rows, x[patch.start : patch.stop], mask)
+                if updated is not rows:
+                    rows.copy_(updated)
         if len(self._stacks) > 2 * len(patches) + 2:  # only what recent steps used is worth its memory
             del self._stacks[next(iter(self._stacks))]
         return y
@@ -165,16 +203,7 @@ class ServedLinear(nn.Module):
         )
         if not chosen:
             return None
-        parts, column = [], 0
-        for number, projection in enumerate(self.projections):
-            bs = [update.b for update, _ in chosen if update.projection == number]
-            if bs:
-                width = sum(b.shape[1] for b in bs)
-                b = torch.cat(bs, 1).t().contiguous()
-                parts.append(_Part(projection.start, projection.stop, slice(column, column + width), b))
-                column += width
-        owners = tuple(owner for update, owner in chosen for _ in range(len(update.a)))
-        return _Stack(torch.cat([update.a for update, _ in chosen]).t(), parts, owners)
+        return _Stack(chosen, self.projections, self._packed is not None)
 
 
 # --- oneDNN's packed weights ----------------------------------------------------------------------------------------
@@ -192,6 +221,11 @@ def packed(weight: Tensor) -> Tensor | None:
     if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TOKENS)
+
+
+def packed_linear_with(x: Tensor, weight: Tensor, other: Tensor, operation: str) -> Tensor:
+    """x Wᵀ, then `add` or `mul` with other ([tokens, out]), in one pass."""
+    return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, None, operation)
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
