@@ -61,11 +61,15 @@ def make_engine(tiny_model) -> Callable[..., EngineCore]:
     """`make_engine("llama", cache_tokens=…)` → an engine in fp32 whose answers end by their length only."""
 
     def make(
-        architecture: str = "llama", end: frozenset[int] = NOTHING_ENDS, dtype: Any = torch.float32, **limits: Any
-    ):
+        architecture: str = "llama",
+        end: frozenset[int] = NOTHING_ENDS,
+        dtype: Any = torch.float32,
+        pack: bool | None = None,
+        **limits: Any,
+    ) -> EngineCore:
         directory = tiny_model(architecture)
         sizes = {"cache_tokens": 4096, "max_sequences": 16, "batch_tokens": 64, "block_size": 16} | limits
-        network = ServedNetwork(load_model(directory, dtype=dtype).eval())
+        network = ServedNetwork(load_model(directory, dtype=dtype).eval(), pack)
         return EngineCore(network, AutoTokenizer.from_pretrained(directory), end, Limits(**sizes))
 
     return make
