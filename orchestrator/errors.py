@@ -114,6 +114,12 @@ class ObjectMissing(StoreError):
     code = "object_missing"
 
 
+class DiskFull(StoreError):
+    """No room for what had to be written. Context: `path`, `free`, `total` (bytes)."""
+
+    code = "disk_full"
+
+
 class CorruptObject(StoreError):
     """Stored bytes do not have the digest that their manifest or name promises."""
 

@@ -23,7 +23,7 @@ from typing import Any
 import fsspec
 from pydantic import BaseModel, Field
 
-from orchestrator.errors import CorruptObject, ObjectMissing, StoreError
+from orchestrator.errors import CorruptObject, DiskFull, ObjectMissing, StoreError
 
 MANIFEST = "manifest.json"
 
@@ -83,7 +83,7 @@ def segment_path(run: str, stream: str, attempt: int, writer: str, number: int) 
 
 
 def train_storage_path(run: str) -> str:
-    """Where Ray Train keeps its own small state and pointer checkpoints."""
+    """Where Ray Train keeps its own small state."""
     return f"runs/{run}/ray"
 
 
@@ -125,6 +125,7 @@ class Store:
 
     Raises (from every method):
         StoreError: the store cannot be reached or refuses; the message names the URL and what to check.
+        DiskFull: a local one has no room left.
         ObjectMissing: a read of something that is not there.
     """
 
@@ -314,12 +315,40 @@ class Store:
         except FileNotFoundError as error:
             raise ObjectMissing(f"There is nothing at {where}.", url=self.url, path=path) from error
         except Exception as error:  # botocore and aiohttp have no common base class
+            if self.local and getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise disk_full(Path(f"{self.root}/{path}")) from error
             raise StoreError(
                 f"The store {where} cannot be used: {_first_line(error).rstrip('.')}.",
                 hint=_hint(error),
                 url=self.url,
                 path=path,
             ) from error
+
+
+def disk_full(path: Path) -> DiskFull:
+    """The error for a file that found no room."""
+    usage = shutil.disk_usage(_existing(path))
+    return DiskFull(
+        f"There is no room for {path}: {_size(usage.free)} of the disk's {_size(usage.total)} are free.",
+        hint="Free some space there, then do it again (`adaptory runs resume` for a run); what was written before is intact.",
+        path=str(path),
+        free=usage.free,
+        total=usage.total,
+    )
+
+
+def disk_free(path: Path) -> int:
+    """Bytes that may still be written where `path` is or will be."""
+    return shutil.disk_usage(_existing(path)).free
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest directory above it that is there."""
+    return next((place for place in (path, *path.parents) if place.exists()), Path("/"))
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
 
 
 def _options(url: str) -> dict[str, Any]:
@@ -332,8 +361,6 @@ def _first_line(error: Exception) -> str:
 
 def _hint(error: Exception) -> str:
     number, text = getattr(error, "errno", None), f"{type(error).__name__} {error}"
-    if number == errno.ENOSPC:
-        return "The disk is full: free some space; what was published before is intact."
     if number in (errno.EACCES, errno.EPERM, errno.EROFS) and "s3" not in text.lower():
         return "Give this user write access, or point ADAPTORY_STORE_URL elsewhere."
     if "credentials" in text.lower() or "AccessKey" in text or "Forbidden" in text or number == errno.EACCES:

@@ -18,6 +18,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,42 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "home"
     monkeypatch.setenv("ADAPTORY_HOME", str(path))
     return path
+
+
+# --- disks ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SmallDisk:
+    """A file system of its own that a test can fill."""
+
+    path: Path
+
+    def fill(self) -> None:
+        """To the last byte, as another program would."""
+        with contextlib.suppress(OSError), (self.path / "filler").open("ab", buffering=0) as filler:
+            for size in (2**16, 2**10, 1):
+                with contextlib.suppress(OSError):
+                    while filler.write(b"x" * size) == size:
+                        pass
+
+    def free(self) -> None:
+        (self.path / "filler").unlink()
+
+
+@pytest.fixture
+def small_disk() -> Iterator[SmallDisk]:
+    """A tmpfs of 16 MiB. Mounting needs root."""
+    path = Path(tempfile.mkdtemp(prefix="disk-", dir="/tmp"))
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", path], capture_output=True, text=True)
+    if mounted.returncode:
+        path.rmdir()
+        pytest.skip(f"a small disk cannot be mounted here; run the tests as root (sudo -E make test): {mounted.stderr}")
+    try:
+        yield SmallDisk(path)
+    finally:
+        subprocess.run(["umount", "--lazy", path], check=True)
+        path.rmdir()
 
 
 # --- data -----------------------------------------------------------------------------------------------------------

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.train.exhausted import explained_exhaustion
 from jobs.train.fence import check_still_ours
-from orchestrator.errors import AdaptoryError, JobFailed, OutOfMemory, Superseded
+from orchestrator.errors import AdaptoryError, StoreError, Superseded
 from orchestrator.runs.events import EventWriter
 from orchestrator.runs.logs import StoreLogHandler
-from orchestrator.runs.result import RunResult
+from orchestrator.runs.result import RunResult, last_words
 from orchestrator.runs.states import RunState
 from orchestrator.settings import load_settings
 from orchestrator.spec.resolved import ResolvedSpec
@@ -43,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     with _Logging(store, options.run, options.attempt, "driver"):
         events = EventWriter(store, options.run, options.attempt, "driver")
         try:
-            result = _run(store, options.run, options.attempt, events, began)
+            with explained_exhaustion("starting"):
+                result = _run(store, options.run, options.attempt, events, began)
         except AdaptoryError as error:
             log.error("%s", error)
             events.emit("message", str(error), level="error")
@@ -54,11 +53,17 @@ def main(arguments: list[str] | None = None) -> int:
             _write_unless_there(store, options.run, result)
         except Superseded as error:
             log.warning("%s", error)
+        except StoreError as error:
+            log.error("The result could not be written: %s", error)
+            sys.stdout.write(
+                f"\n{last_words(result)}\n"
+            )  # Ray keeps what a job prints, and the control plane looks there
+            sys.stdout.flush()
     return 1 if result.state is RunState.FAILED else 0
 
 
 def _run(store: Store, run: str, attempt: int, events: EventWriter, began: float) -> RunResult:
-    """Start Ray Train's workers; rank 0 writes the result into the store."""
+    """Start Ray Train's workers; rank 0 writes the result into the store, or hands it here if that has no room for it."""
     resolved = ResolvedSpec.model_validate(store.read_json(spec_path(run)))
     events.emit("state", "The job has started.", state="running")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_POLL_SECONDS))
@@ -66,6 +71,7 @@ def _run(store: Store, run: str, attempt: int, events: EventWriter, began: float
     import ray.train
 
     from cluster.resources import cluster_resources, fit
+    from jobs.train.group import EndOnOurErrors, explained
 
     ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env={"env_vars": _for_workers()})
     shape = fit(resolved.spec.resources, cluster_resources())
@@ -95,14 +101,14 @@ def _run(store: Store, run: str, attempt: int, events: EventWriter, began: float
             storage_path=storage,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=resolved.spec.resources.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            callbacks=[EndOnOurErrors()],  # type: ignore[list-item]  # it names Tune's class, and takes its own
         ),
     )
     try:
-        trainer.fit()
+        unwritten = trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
-        raise _explained(error, resolved) from error
-    return RunResult.model_validate(store.read_json(result_path(run)))
+        raise explained(error, resolved.spec.resources.max_failures) from error
+    return RunResult.model_validate(unwritten or store.read_json(result_path(run)))
 
 
 def _trainer_class(shape: WorkerShape) -> Any:
@@ -123,12 +129,13 @@ def _for_workers() -> dict[str, str]:
     return {"RAY_ADDRESS": address} if address else {}
 
 
-def _worker(config: dict[str, Any]) -> None:
-    """On each worker, in a process that Ray Train started."""
+def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
+    """On each worker, in a process that Ray Train started; what it returns is a result that the store did not take."""
     entered = time.time()
     import ray.train
     import torch
 
+    from jobs.train.session import Session
     from jobs.train.setup import Place, use_threads
     from jobs.train.worker import run_worker
 
@@ -154,37 +161,31 @@ def _worker(config: dict[str, Any]) -> None:
     resolved = ResolvedSpec.model_validate(store.read_json(spec_path(run)))
 
     def report(metrics: dict[str, Any], checkpoint: str) -> None:
-        # The store owns the bytes; Ray Train is handed a pointer to them. What is resumed from is the newest complete
-        # checkpoint of the store, so a pointer that came before its upload was done does no harm.
-        with tempfile.TemporaryDirectory(prefix="adaptory-") as folder:
-            (Path(folder) / "pointer.json").write_text(json.dumps({"store": store.url, "path": checkpoint}))
-            pointer = ray.train.Checkpoint.from_directory(folder) if rank == 0 else None
-            ray.train.report(metrics, checkpoint=pointer)
+        # Words only, no ray.train.Checkpoint: the store owns the bytes, and what is resumed from is found there. Handed even
+        # a pointer, Ray Train writes files of its own, and a disk that is full at that moment ends the run.
+        ray.train.report(metrics | {"checkpoint": checkpoint})
 
     with _Logging(store, run, attempt, f"rank{rank}"):
         events = EventWriter(store, run, attempt, "rank0") if rank == 0 else None
         try:
             cache = load_settings().cache
             cache.mkdir(parents=True, exist_ok=True)
-            result = run_worker(
-                resolved,
-                attempt,
-                store=store,
-                cache=cache,
-                place=place,
-                events=events,
-                seconds={
-                    "job_start": round(config["began"] - resolved.created_at, 2),
-                    "worker_start": round(entered - config["began"], 2),
-                    "imports": round(imported - entered, 2),
-                },
-                report=report,
-            )
+            seconds = {
+                "job_start": round(config["began"] - resolved.created_at, 2),
+                "worker_start": round(entered - config["began"], 2),
+                "imports": round(imported - entered, 2),
+            }
+            result = run_worker(Session(resolved, attempt, store, cache, place, events, seconds, report))
         finally:
             if events:
                 events.close()
         if result:
-            write_result(store, run, result)
+            try:
+                write_result(store, run, result)
+            except StoreError as error:
+                log.error("The result could not be written: %s", error)
+                return result.model_dump(mode="json")
+    return None
 
 
 class _Logging:
@@ -214,29 +215,6 @@ def _train_storage(store: Store, run: str) -> tuple[str, Any]:
     import pyarrow.fs
 
     return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(store.fs))
-
-
-def _explained(error: Exception, resolved: ResolvedSpec) -> AdaptoryError:
-    """What ended the workers, as one of ours: their own error if it is one, else what Ray says."""
-    failures = list(getattr(error, "worker_failures", {}).values())
-    for failure in failures:
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, AdaptoryError):
-                return cause
-            cause = getattr(cause, "cause", None) or cause.__cause__
-    text = str(failures[0] if failures else error).strip()
-    if "memory" in text.lower() and ("killed" in text.lower() or "OOM" in text or "OutOfMemory" in text):
-        return OutOfMemory(
-            "The machine ran out of memory and a worker was killed.",
-            hint="Lower train.micro_batch_tokens or train.max_length, set train.gradient_checkpointing: true, or use "
-            "fewer resources.workers on a node.",
-        )
-    return JobFailed(
-        f"The workers failed {resolved.spec.resources.max_failures + 1} times, last with: {text.splitlines()[-1]}",
-        hint="`adaptory runs logs` shows what each worker printed.",
-        log=text[-4000:],
-    )
 
 
 def write_result(store: Store, run: str, result: RunResult) -> None:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from jobs.train.batches import Batches
 from jobs.train.engines import Engine
+from jobs.train.exhausted import memory_ran_out, memory_wanted
 from orchestrator.errors import OutOfMemory, TrainingDiverged
 from orchestrator.modeling.attention import Documents
-from orchestrator.modeling.decoder import Decoder
 from orchestrator.modeling.lora import Segment
-from orchestrator.modeling.plain import PlainDecoder
+from orchestrator.modeling.network import Network
 
 SLOT = "tuned"
 """The adapter slot that a single fine-tune trains."""
@@ -71,7 +71,7 @@ class Hooks:
 
 
 def train(
-    model: Decoder | PlainDecoder,
+    model: Network,
     engine: Engine,
     rows: Rows,
     batches: Batches,
@@ -188,7 +188,7 @@ def common_beginning(picked: Sequence[Any]) -> int:
     return min([most, *(int(places[0]) for places in learned if len(places))])
 
 
-def forward(model: Any, batch: PackedBatch, slot: str | None) -> tuple[Tensor, Tensor]:
+def forward(model: Network, batch: PackedBatch, slot: str | None) -> tuple[Tensor, Tensor]:
     """The micro-batch's share of the step's loss, and each labelled token's own loss."""
     segments = [Segment(slot, 0, len(batch.ids))]
     return model.loss(batch.ids, batch.documents, batch.labels, batch.at, batch.token_weights, segments)
@@ -199,17 +199,15 @@ def memory_explained(batch: PackedBatch) -> Iterator[None]:
     """Say what to lower when a micro-batch does not fit."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(batch) from error
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error) or "out of memory" in str(error):
-            raise _out_of_memory(batch) from error
+    except Exception as error:
+        if memory_ran_out(error):
+            raise _out_of_memory(batch, error) from error
         raise
 
 
 @torch.no_grad()
 def mean_loss(
-    model: Any,
+    model: Network,
     rows: Rows,
     batches: Batches,
     *,
@@ -224,7 +222,8 @@ def mean_loss(
     for step in range(batches.total_steps):
         for micro in batches.micro_batches(step, rank):
             batch = pack(rows, micro, 1, device, share=True)
-            _, losses = forward(model, batch, slot)
+            with memory_explained(batch):
+                _, losses = forward(model, batch, slot)
             if micro:
                 total += torch.tensor([losses.double().sum().item(), len(losses)], dtype=torch.float64)
     total = all_reduce(total)
@@ -269,10 +268,10 @@ def _diverged(progress: Progress, step: int) -> TrainingDiverged:
     )
 
 
-def _out_of_memory(batch: PackedBatch) -> OutOfMemory:
+def _out_of_memory(batch: PackedBatch, error: Exception) -> OutOfMemory:
     tokens, longest = len(batch.ids), max(batch.documents.lengths)
     return OutOfMemory(
-        f"Out of memory in a micro-batch of {tokens} tokens (longest row {longest}).",
+        f"Out of memory in a micro-batch of {tokens} tokens (longest row {longest}){memory_wanted(error)}.",
         hint=f"Set train.micro_batch_tokens to {max(8, tokens // 2)}"
         + (f", train.max_length to {max(8, longest // 2)}" if longest * 2 > tokens else "")
         + ", or train.gradient_checkpointing: true.",

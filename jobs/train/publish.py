@@ -1,118 +1,147 @@
-"""From trained weights to a published artifact: written, loaded back, compared with the trained model, then published."""
+"""Publishes what was trained: written, loaded back, compared with the trained model, evaluated, then put into the store."""
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.errors import AdapterError
-from orchestrator.modeling.adapter_files import AdapterConfig, read_adapter, write_adapter
-from orchestrator.modeling.decoder import adapter_parameters, add_adapter
-from orchestrator.modeling.lora import FusedLinear, LoraShape
-from orchestrator.spec.job import LoraTuning
-
-PUBLISHED = "published"
-"""Slot into which the adapter is loaded back from its files; what is evaluated is what was published."""
-
-
-def lora_shape(tuning: LoraTuning) -> LoraShape:
-    targets = None if tuning.targets == "all-linear" else frozenset(tuning.targets)
-    return LoraShape(tuning.rank, tuning.alpha, tuning.dropout, tuning.rslora, targets)
-
-
-def write_trained_adapter(directory: Path, tuning: LoraTuning, base_name: str, tensors: dict[str, Tensor]) -> None:
-    """PEFT's two files. Targets are written by their short names, which is what every loader matches."""
-    modules = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors}
-    config = AdapterConfig(
-        rank=tuning.rank,
-        alpha=tuning.alpha,
-        dropout=tuning.dropout,
-        rslora=tuning.rslora,
-        target_modules=tuple(sorted({module.rpartition(".")[2] for module in modules})),
-        base_model=base_name,
-    )
-    write_adapter(directory, config, tensors)
+from jobs.data import PreparedData, TestRow
+from jobs.evaluate import BASE, Candidate, answer, compare
+from jobs.train.artifact import PUBLISHED, check_same, load_adapter, write_full_weights, write_trained_adapter
+from jobs.train.fence import check_still_ours
+from jobs.train.session import Session
+from jobs.train.setup import Trainable, load_network
+from orchestrator.modeling.base_model import BaseModel
+from orchestrator.modeling.decoder import Decoder, adapter_tensors
+from orchestrator.modeling.loading import DTYPES, full_tensors, load_model
+from orchestrator.modeling.plain import PlainDecoder
+from orchestrator.registry.adapters import publish_adapter, publish_weights
+from orchestrator.registry.provenance import BaseModelRecord, Provenance
+from orchestrator.runs.result import EvaluationResult, RunResult
+from orchestrator.runs.states import RunState
+from orchestrator.spec.job import FullTuning
 
 
-def load_adapter(model: Any, slot: str, directory: Path) -> None:
-    """Put an adapter's files into a slot.
+def publish(session: Session, trainable: Trainable, base: BaseModel, tokenizer: Any, data: PreparedData) -> RunResult:
+    """From the trained weights in memory to the run's result. The ranks part here: only rank 0 goes on past the gathering.
 
     Raises:
-        AdapterError: a tensor is missing, or one is left over that matches no module.
+        AdapterError: what the files say is not what was trained, not finite, or without effect: nothing is published.
+        Superseded: a newer attempt owns the run.
     """
-    config, tensors = read_adapter(directory)
-    targets = None if isinstance(config.target_modules, str) else frozenset(config.target_modules)
-    add_adapter(model, slot, LoraShape(config.rank, config.alpha, 0.0, config.rslora, targets), seed=0)
-    left = dict(tensors)
+    spec, device = session.spec, session.place.device
+    probe = torch.from_numpy(np.array(data.train[0].ids, dtype=np.int64)).to(device)
+    keep = torch.arange(len(probe), device=device)
+    trainable.model.eval()
     with torch.no_grad():
-        for linear in (m for m in model.modules() if isinstance(m, FusedLinear) and slot in m.slots):
-            for name, part in linear.slots[slot].split(*linear.parameters_of(slot)).items():
-                key = f"base_model.model.{name}"
-                if key not in left:
-                    raise AdapterError(f"The adapter in {directory} lacks {key}.", check="coverage")
-                part.copy_(left.pop(key))
-    if left:
-        raise AdapterError(
-            f"{len(left)} tensors of the adapter in {directory} match no module of the base, {min(left)} first.",
-            check="coverage",
-        )
-    for parameter in adapter_parameters(model, slot).values():
-        parameter.requires_grad_(False)
+        trained = trainable.model.logits(probe, keep, trainable.slot).float()
+    state = trainable.engine.state()  # every rank takes part
+    if state is None:
+        return session.result(RunState.SUCCEEDED)
+    full = isinstance(spec.tuning, FullTuning)
+    with tempfile.TemporaryDirectory(prefix="adaptory-", dir=session.cache) as folder:
+        directory = Path(folder) / "artifact"
+        with session.phase("publishing"):
+            _write(directory, session, trainable, base, state["weights"])
+            published = _loaded_back(directory, session, trainable, base)
+            probes = check_same(
+                trained,
+                lambda: published.logits(probe, keep, None if full else PUBLISHED).float(),
+                lambda: (_fresh(session, base) if full else published).logits(probe, keep, None).float(),
+                tolerance=0.0 if published is trainable.network else 1e-4 if spec.train.dtype == "float32" else 2e-2,
+            )
+        evaluation = _evaluate(session, published, directory, base, tokenizer, data.test) if spec.evaluate else None
+        with session.phase("publishing"):
+            check_still_ours(session.store, session.resolved.run, session.attempt)
+            provenance = _provenance(session, base, data, evaluation, probes)
+            if full:
+                digest = publish_weights(session.store, directory, provenance)
+            else:
+                digest = publish_adapter(session.store, directory, base.digest, provenance, base=base.path)
+    return session.result(RunState.SUCCEEDED, adapter=digest, evaluation=evaluation)
 
 
-def write_full_weights(directory: Path, base: Path, tensors: dict[str, Tensor]) -> None:
-    """A directory that plain transformers loads: the base's config and tokenizer with new weights."""
-    from huggingface_hub import save_torch_state_dict
+def _write(
+    directory: Path, session: Session, trainable: Trainable, base: BaseModel, masters: dict[str, Tensor]
+) -> None:
+    """In the dtype of training: exactly what the forward pass used."""
+    tuning, dtype = session.spec.tuning, DTYPES[session.spec.train.dtype]
+    values = {name: value.to(dtype) for name, value in masters.items()}
+    if isinstance(tuning, FullTuning):
+        write_full_weights(directory, base.path, full_tensors(trainable.network, values))
+    else:
+        assert trainable.slot is not None
+        tensors = adapter_tensors(trainable.network, trainable.slot, values)
+        write_trained_adapter(directory, tuning, base.loadable_name, tensors)
 
-    directory.mkdir(parents=True, exist_ok=True)
-    for file in base.iterdir():
-        if file.is_file() and file.suffix in (".json", ".jinja", ".model", ".txt") and "safetensors" not in file.name:
-            shutil.copyfile(file, directory / file.name)
-    # a fused matrix was split into views, and safetensors refuses tensors that share memory
-    save_torch_state_dict(
-        {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, directory
+
+def _loaded_back(directory: Path, session: Session, trainable: Trainable, base: BaseModel) -> Decoder | PlainDecoder:
+    """A network that holds what the files say: the trained one with one more slot, or a fresh one."""
+    spec = session.spec
+    if isinstance(spec.tuning, FullTuning):
+        return load_model(directory, dtype=DTYPES[spec.train.dtype], device=session.place.device).eval()
+    whole = trainable.model is trainable.network or spec.deepspeed.stage != 3
+    network = trainable.network if whole else _fresh(session, base)
+    load_adapter(network, PUBLISHED, directory)
+    return network.eval()
+
+
+def _fresh(session: Session, base: BaseModel) -> Decoder | PlainDecoder:
+    """The base as it was, whole, on this rank alone."""
+    return load_network(session.spec, base, session.place, whole=True).eval()
+
+
+def _evaluate(
+    session: Session,
+    published: Decoder | PlainDecoder,
+    artifact: Path,
+    base: BaseModel,
+    tokenizer: Any,
+    test: list[TestRow],
+) -> EvaluationResult:
+    spec = session.spec.evaluate
+    assert spec is not None
+    rows = test[: spec.rows]
+
+    def progress(offset: int) -> Callable[[int], None]:
+        return lambda done: session.say("progress", phase="evaluating", done=offset + done, total=2 * len(rows))
+
+    with session.phase("evaluating"):
+        progress(0)(0)
+        if isinstance(session.spec.tuning, FullTuning):
+            (before,) = answer(_fresh(session, base), tokenizer, rows, [BASE], spec.max_new_tokens, progress(0))
+            (after,) = answer(published, tokenizer, rows, [BASE], spec.max_new_tokens, progress(len(rows)))
+        else:
+            candidates = [BASE, Candidate(PUBLISHED, artifact)]
+            before, after = answer(published, tokenizer, rows, candidates, spec.max_new_tokens, progress(0))
+    return compare(spec, rows, before, after)
+
+
+def _provenance(
+    session: Session,
+    base: BaseModel,
+    data: PreparedData,
+    evaluation: EvaluationResult | None,
+    probes: dict[str, float],
+) -> Provenance:
+    return Provenance.of(
+        session.resolved,
+        BaseModelRecord(
+            reference=session.spec.base_model,
+            digest=base.digest,
+            model_type=base.model_type,
+            loadable_name=base.loadable_name if base.source == "hub" else None,
+        ),
+        attempt=session.attempt,
+        step=session.progress.step,
+        metrics=session.metrics() | probes,
+        evaluation=evaluation,
+        data=data.report.sources,
+        hardware={"workers": session.place.workers, "device": session.place.device.type},
     )
-
-
-@torch.no_grad()
-def check_same(
-    trained: Tensor, published: Callable[[], Tensor], base: Callable[[], Tensor], *, tolerance: float
-) -> dict[str, float]:
-    """Compare logits on a probe: trained against loaded back, and both against the base.
-
-    Args:
-        trained: [tokens, vocab], of the model in memory.
-        tolerance: largest difference allowed between `trained` and `published`, relative to the largest logit.
-
-    Raises:
-        AdapterError: not finite, not what was trained, or without effect on the base.
-    """
-    again, before = published(), base()
-    if not torch.isfinite(again).all():
-        raise AdapterError(
-            "The trained weights give logits that are not finite; nothing is published.",
-            hint="Resume from an earlier checkpoint with a lower learning rate.",
-            check="finite",
-        )
-    scale = trained.abs().max().item()
-    error = (trained - again).abs().max().item()
-    if error > tolerance * scale:
-        raise AdapterError(
-            f"Loaded back from its files, the adapter differs from the trained model by {error:.3g} "
-            f"(logits up to {scale:.3g}); nothing is published.",
-            hint="This is a defect of Adaptory: please report it with the run's log.",
-            check="same",
-        )
-    effect = (again - before).abs().max().item()
-    if effect == 0.0:
-        raise AdapterError(
-            "The trained weights change nothing: on a probe the logits are the base model's, so nothing is published.",
-            hint="Raise train.learning_rate or train.epochs, and look at the loss curve with `adaptory runs plot`.",
-            check="effect",
-        )
-    return {"probe_error": error, "probe_effect": effect}

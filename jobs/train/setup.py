@@ -15,14 +15,15 @@ import psutil
 import torch
 from torch import Tensor
 
+from jobs.train.artifact import lora_shape
 from jobs.train.batches import Batches
 from jobs.train.engines import Engine, SingleEngine
 from jobs.train.loop import SLOT
-from jobs.train.publish import lora_shape
 from orchestrator.errors import ModelError
 from orchestrator.modeling.base_model import BaseModel
 from orchestrator.modeling.decoder import Decoder, adapter_parameters, add_adapter
 from orchestrator.modeling.loading import DTYPES, full_parameters, load_model, train_everything
+from orchestrator.modeling.network import Network
 from orchestrator.modeling.plain import PlainDecoder
 from orchestrator.spec.job import FullTuning, JobSpec, QloraTuning, TrainSpec
 
@@ -40,10 +41,15 @@ class Place:
     all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
     """Sum over the workers."""
 
+    def gathered(self, number: int) -> list[int]:
+        """The number (below 2**53) that each rank hands in, by rank, on every rank."""
+        numbers = torch.zeros(self.workers, dtype=torch.float64)
+        numbers[self.rank] = number
+        return [int(one) for one in self.all_reduce(numbers).tolist()]
+
     def agree(self, wish: str | None) -> str | None:
         """Rank 0's wish, on every rank: they must leave the loop after the same step."""
-        code = torch.tensor([_WISHES.index(wish) if self.rank == 0 else 0], dtype=torch.float64)
-        return _WISHES[int(self.all_reduce(code).item())]
+        return _WISHES[self.gathered(_WISHES.index(wish))[0]]
 
 
 _WISHES: list[str | None] = [None, "pause", "cancel"]
@@ -53,14 +59,14 @@ _WISHES: list[str | None] = [None, "pause", "cancel"]
 class Trainable:
     """A network with what trains it."""
 
-    network: Any
-    """Decoder or PlainDecoder itself."""
-    model: Any
+    network: Decoder | PlainDecoder
+    model: Network
     """What the loop calls: the network, or the engine that stands for it (DeepSpeed)."""
     engine: Engine
     slot: str | None
     """The trained adapter's slot; None for full tuning."""
     parameters: dict[str, torch.nn.Parameter]
+    batches: Batches
 
 
 def use_threads(cpus: int) -> None:
@@ -92,11 +98,11 @@ def uses_deepspeed(spec: JobSpec, place: Place) -> bool:
     return place.workers > 1 or (isinstance(spec.tuning, FullTuning) and place.device.type == "cuda")
 
 
-def make_trainable(spec: JobSpec, base: BaseModel, place: Place, accumulation: Callable[[Any], int]) -> Trainable:
-    """Load the base, add the adapter (or free every weight), and choose the engine.
+def make_trainable(spec: JobSpec, base: BaseModel, place: Place, lengths: Any) -> Trainable:
+    """Load the base, add the adapter (or free every weight), plan the steps, and choose the engine.
 
     Args:
-        accumulation: network → micro-batches per step of each rank; asked for only under DeepSpeed.
+        lengths: tokens of each training row.
     """
     network = load_network(spec, base, place)
     if isinstance(spec.tuning, FullTuning):
@@ -109,12 +115,13 @@ def make_trainable(spec: JobSpec, base: BaseModel, place: Place, accumulation: C
         for parameter in parameters.values():
             parameter.requires_grad_(True)
     network.gradient_checkpointing = spec.train.gradient_checkpointing
+    batches = make_batches(spec, lengths, network, place)
     if uses_deepspeed(spec, place):
         from jobs.train.zero import ZeroEngine
 
-        zero = ZeroEngine(network, parameters, spec.train, spec.deepspeed, accumulation(network))
-        return Trainable(network, zero, zero, slot, parameters)
-    return Trainable(network, network, SingleEngine(parameters, spec.train), slot, parameters)
+        zero = ZeroEngine(network, parameters, spec.train, spec.deepspeed, len(batches.micro_batches(0, 0)))
+        return Trainable(network, zero, zero, slot, parameters, batches)
+    return Trainable(network, network, SingleEngine(parameters, spec.train), slot, parameters, batches)
 
 
 def load_network(spec: JobSpec, base: BaseModel, place: Place, *, whole: bool = False) -> Decoder | PlainDecoder:
@@ -138,9 +145,14 @@ def load_network(spec: JobSpec, base: BaseModel, place: Place, *, whole: bool = 
     )
 
 
-def make_batches(spec: JobSpec, lengths: Any, network: Any, place: Place) -> Batches:
-    """The run's optimiser steps, dealt to this many workers."""
+def make_batches(spec: JobSpec, lengths: Any, network: Network, place: Place) -> Batches:
+    """The run's optimiser steps, dealt to this many workers.
+
+    `auto` micro-batches depend on the memory that is free, which each rank finds another amount of: all take the smallest,
+    since ranks that cut the rows differently would skip some, repeat others, and wait for each other in vain.
+    """
     train = spec.train
+    tokens = min(place.gathered(micro_batch_tokens(train, network, place, int(max(lengths)))))
     return Batches(
         lengths,
         batch_size=train.batch_size,
@@ -148,27 +160,29 @@ def make_batches(spec: JobSpec, lengths: Any, network: Any, place: Place) -> Bat
         max_steps=train.max_steps,
         seed=train.seed,
         workers=place.workers,
-        micro_batch_tokens=micro_batch_tokens(train, network, place, int(max(lengths))),
+        micro_batch_tokens=tokens,
         packing=train.packing and network.packs,
         uniform=uses_deepspeed(spec, place),
     )
 
 
-def validation_batches(lengths: Any, network: Any, place: Place) -> Batches:
-    """All rows once, in an order that does not matter."""
+def validation_batches(lengths: Any, network: Network, place: Place, train: TrainSpec) -> Batches:
+    """All rows once, in an order that does not matter; what a person does to save memory saves it here too."""
+    tokens = train.micro_batch_tokens
+    most = _VALIDATION_TOKENS if tokens == "auto" else min(_VALIDATION_TOKENS, 4 * tokens)
     return Batches(
         lengths,
         batch_size=64,
         epochs=1,
         seed=0,
         workers=place.workers,
-        micro_batch_tokens=_VALIDATION_TOKENS,
+        micro_batch_tokens=most,
         packing=network.packs,
         uniform=place.workers > 1,
     )
 
 
-def micro_batch_tokens(train: TrainSpec, network: Any, place: Place, longest: int) -> int:
+def micro_batch_tokens(train: TrainSpec, network: Network, place: Place, longest: int) -> int:
     """`auto`: what a third of the free memory holds, and no more than what a forward pass gains from.
 
     Matmuls of a CPU are at their peak from a few hundred tokens; those of a GPU want thousands.

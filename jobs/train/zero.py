@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs.train.engines import State
+from orchestrator.modeling.network import Network
 from orchestrator.spec.job import DeepSpeedSpec, TrainSpec
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -40,7 +41,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class _Called(nn.Module):
     """A network whose methods are forward passes."""
 
-    def __init__(self, network: Any):
+    def __init__(self, network: Network):
         super().__init__()
         self.network = network
 
@@ -52,14 +53,14 @@ class ZeroEngine:
     """AdamW under DeepSpeed, and the network to use in its place: `engine.loss(…)`.
 
     Args:
-        network: a Decoder or PlainDecoder; on every rank the same.
+        network: on every rank the same.
         parameters: the trained Parameters by name.
         accumulation: micro-batches per optimiser step of each rank.
     """
 
     def __init__(
         self,
-        network: Any,
+        network: Network,
         parameters: dict[str, nn.Parameter],
         train: TrainSpec,
         spec: DeepSpeedSpec,
@@ -76,10 +77,10 @@ class ZeroEngine:
 
     # in place of the network
 
-    def loss(self, *arguments: Any) -> Any:
+    def loss(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         return self._engine("loss", *arguments)
 
-    def logits(self, *arguments: Any) -> Any:
+    def logits(self, *arguments: Any) -> Tensor:
         return self._engine("logits", *arguments)
 
     def train(self) -> None:

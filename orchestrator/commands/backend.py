@@ -98,10 +98,10 @@ class _StoppedRay:
 
 
 def complete_run(incomplete: str) -> list[str]:
-    """Names of runs for the shell; a shell's Tab never shows an error."""
+    """Names of runs for the shell; a Tab never shows that the settings or the database are wrong, the command itself does."""
     try:
         from orchestrator.runs.repository import list_runs
 
         return [run.name for run in list_runs(Backend().db) if run.name.startswith(incomplete)]
-    except Exception:
+    except AdaptoryError:
         return []

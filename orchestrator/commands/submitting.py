@@ -36,6 +36,7 @@ def submit(spec: JobSpec, backend: Backend) -> Run:
     from cluster.probe import preflight
     from orchestrator.runs import submission
 
+    submission.refuse_early(spec, store=backend.store, db=backend.db)
     say_data(_check(spec, backend.settings))
     preflight(backend.jobs, backend.settings, spec)  # type: ignore[arg-type]
     return submission.submit(

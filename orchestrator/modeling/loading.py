@@ -91,13 +91,13 @@ def open_weights(directory: Path) -> Iterator[Callable[[str], Tensor]]:
     yield read
 
 
-def train_everything(model: Decoder | PlainDecoder) -> None:
+def train_everything(model: nn.Module) -> None:
     """Full tuning: every weight gets a gradient."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)
 
 
-def full_parameters(model: Decoder | PlainDecoder) -> dict[str, nn.Parameter]:
+def full_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every Parameter once, by the module's own name (a tied head is the embedding)."""
     return dict(model.named_parameters())
 

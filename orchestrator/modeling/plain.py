@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.errors import ModelError
+from orchestrator.modeling.attention import Documents
 from orchestrator.modeling.lora import FusedLinear, Projection, Segment
 
 
@@ -93,7 +94,7 @@ class PlainDecoder(nn.Module):
         return cls(model.to(device), quantize)
 
     def logits(self, ids: Tensor, keep: Tensor, slot: str | None) -> Tensor:
-        """Logits of one document at positions `keep`: ids [tokens] → [kept, vocab]."""
+        """As `Network.logits`."""
         if self.gradient_checkpointing and not self._recomputes:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self._recomputes = True
@@ -112,13 +113,13 @@ class PlainDecoder(nn.Module):
     def loss(
         self,
         ids: Tensor,
-        attention: Any,
+        attention: Documents,
         labels: Tensor,
         at: Tensor,
         token_weights: Tensor,
         segments: Sequence[Segment] = (),
     ) -> tuple[Tensor, Tensor]:
-        """As `Decoder.loss`, for a batch of exactly one document."""
+        """As `Network.loss`, for a batch of exactly one document."""
         assert len(attention.lengths) == 1, "the plain path takes one document at a time"
         slot = segments[0].slot if segments else None
         losses = F.cross_entropy(self.logits(ids, at, slot).float(), labels, reduction="none")

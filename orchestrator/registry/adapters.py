@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import Field, ValidationError
 
 from orchestrator.errors import AdapterError, CorruptObject, ObjectMissing
 from orchestrator.modeling.adapter_check import check_adapter
@@ -28,40 +28,31 @@ from orchestrator.modeling.adapter_files import (
 )
 from orchestrator.modeling.model_files import base_digest as weights_digest
 from orchestrator.modeling.model_files import check_directory, tensor_shapes, weight_files
-from orchestrator.registry.provenance import PROVENANCE_FILE, Provenance
+from orchestrator.registry.provenance import PROVENANCE_FILE, Origin, Provenance
 from orchestrator.runs.result import RunResult
 from orchestrator.store import Manifest, Store, adapter_path, result_path, spec_path
 
 log = logging.getLogger(__name__)
 
 
-class AdapterSummary(BaseModel):
+class AdapterSummary(Origin):
     """The manifest's metadata: what a list shows, read without fetching weights."""
 
     kind: Literal["lora", "full"]
     """`full`: whole weights of a run of full tuning."""
     digest: str
-    tenant: str
-    name: str
-    """Of the run."""
-    run: str
-    attempt: int
-    step: int
-    created_at: float
-    """Seconds since the epoch."""
     base_model: str
     base_digest: str
     rank: int | None = None
     alpha: float | None = None
     rslora: bool = False
-    targets: list[str] = []
+    targets: list[str] = Field(default_factory=list)
     dtype: str
     """Of the stored weights: `F32`, `BF16`; several are joined by a comma."""
     parameters: int
     size: int
     """Bytes of the weights."""
-    metrics: dict[str, float] = {}
-    evaluation: dict[str, float] = {}
+    evaluation: dict[str, float] = Field(default_factory=dict)
     """On held-out rows, after training."""
 
 
@@ -153,8 +144,7 @@ def full_summary(directory: Path, digest: str, provenance: Provenance) -> Adapte
 
 
 def _origin(provenance: Provenance) -> dict[str, Any]:
-    kept = ("tenant", "name", "run", "attempt", "step", "created_at", "metrics")
-    return {name: getattr(provenance, name) for name in kept} | {
+    return provenance.model_dump(include=set(Origin.model_fields)) | {
         "base_model": provenance.base_model.reference,
         "base_digest": provenance.base_model.digest,
         "evaluation": provenance.evaluation.after if provenance.evaluation else {},

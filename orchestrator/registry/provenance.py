@@ -32,12 +32,9 @@ class BaseModelRecord(BaseModel):
     """What `from_pretrained` takes: a hub id, if it has one."""
 
 
-class Provenance(BaseModel):
-    """Everything needed to say how an adapter was made, and to make it again."""
+class Origin(BaseModel):
+    """Which run an adapter is from: told by its provenance, and again by the summary that lists read."""
 
-    model_config = ConfigDict(extra="ignore")  # written by a later version, still readable
-
-    schema_version: Literal[1] = 1
     tenant: str
     name: str
     """Of the run."""
@@ -48,6 +45,16 @@ class Provenance(BaseModel):
     """Optimiser step whose weights these are."""
     created_at: float
     """Seconds since the epoch."""
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """Last values of the training, and what the published files were compared by."""
+
+
+class Provenance(Origin):
+    """Everything needed to say how an adapter was made, and to make it again."""
+
+    model_config = ConfigDict(extra="ignore")  # written by a later version, still readable
+
+    schema_version: Literal[1] = 1
     base_model: BaseModelRecord
     spec: dict[str, Any]
     """The resolved spec, as JSON."""
@@ -61,7 +68,6 @@ class Provenance(BaseModel):
     seed: int
     dtype: str
     """Of activations and frozen weights in training."""
-    metrics: dict[str, float] = Field(default_factory=dict)
     evaluation: EvaluationResult | None = None
 
     @staticmethod

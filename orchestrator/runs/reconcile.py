@@ -27,7 +27,7 @@ from orchestrator.runs.client import JobClient, JobStatus
 from orchestrator.runs.events import Event
 from orchestrator.runs.launch import launch, request, store_of
 from orchestrator.runs.repository import transition
-from orchestrator.runs.result import RunResult
+from orchestrator.runs.result import RunResult, heard
 from orchestrator.runs.run import AdapterRecord, Attempt, Run
 from orchestrator.runs.segments import list_segments, read_segment
 from orchestrator.runs.states import RunState
@@ -115,6 +115,8 @@ def _reconcile(
         launch(db, store, jobs, run)
     elif job.status is JobStatus.STOPPED:
         transition(db, run, RunState.CANCELLED, message="Ray stopped the job.", end_attempt=True)
+    elif (printed := _printed_result(jobs, attempt, job)) is not None:
+        _finish(db, store, run, printed, end_attempt=True)
     else:
         error = _without_result(jobs, run, job, result)
         message = error.message.splitlines()[0]
@@ -194,9 +196,24 @@ def _read_result(store: Store, attempt: Attempt) -> RunResult | CorruptObject | 
         return CorruptObject(f"{store.url}/{result_path(attempt.run_id)} cannot be read: {said}")
     if result.attempt != attempt.number:
         return None
-    if not (result.state.final or result.state is RunState.PAUSED):
+    if not _is_end(result):
         return CorruptObject(f"{store.url}/{result_path(attempt.run_id)} says {result.state.value}, which is no end.")
     return result
+
+
+def _printed_result(jobs: JobClient, attempt: Attempt, job: _Job) -> RunResult | None:
+    """The last word of an attempt whose store did not take it: a disk that is full, or a bucket that was away."""
+    if job.status is None:
+        return None
+    try:
+        result = heard(jobs.logs(attempt.submission_id), attempt.number)
+    except ClusterError:
+        return None
+    return result if result is not None and _is_end(result) else None
+
+
+def _is_end(result: RunResult) -> bool:
+    return result.state.final or result.state is RunState.PAUSED
 
 
 def _finish(db: Database, store: Store, run: Run, result: RunResult, *, end_attempt: bool) -> None:

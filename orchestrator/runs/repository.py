@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
-from sqlalchemy import Select, delete, select, update
+from sqlalchemy import ColumnElement, Select, and_, delete, not_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
@@ -37,6 +37,18 @@ def submission_lease(run_id: str) -> str:
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
+def refuse_taken_name(db: Database, spec: JobSpec) -> None:
+    """Refuse early what `create_run` would refuse; only that one decides between two who submit at once.
+
+    Raises:
+        RunExists: the tenant has a run of this name.
+    """
+    with db.read() as session:
+        taken = session.scalar(select(RunRow.id).where(*_named(spec), not_(_BROKEN_OFF)))
+    if taken is not None:
+        raise _name_taken(db, spec)
+
+
 def create_run(db: Database, spec: JobSpec, *, ray_address: str | None = None, holder: str | None = None) -> Run:
     """A new run in `validating_files`, first attempt, with its submission lease taken by `holder`.
 
@@ -49,14 +61,7 @@ def create_run(db: Database, spec: JobSpec, *, ray_address: str | None = None, h
     try:
         with db.write() as session:
             session.execute(_or_ignore(session, TenantRow).values(name=spec.tenant, created_at=now))
-            session.execute(
-                delete(RunRow).where(
-                    RunRow.tenant == spec.tenant,
-                    RunRow.name == spec.name,
-                    RunRow.state.in_((RunState.FAILED, RunState.CANCELLED)),
-                    RunRow.resolved.is_(None),
-                )
-            )
+            session.execute(delete(RunRow).where(*_named(spec), _BROKEN_OFF))
             row = RunRow(
                 id=run_id,
                 tenant=spec.tenant,
@@ -281,6 +286,14 @@ def list_adapters(db: Database, *, tenant: str | None = None) -> list[AdapterRec
 # --- details --------------------------------------------------------------------------------------------------------
 
 
+_BROKEN_OFF = and_(RunRow.state.in_((RunState.FAILED, RunState.CANCELLED)), RunRow.resolved.is_(None))
+"""A run whose submission ended before anything was started; its name is free."""
+
+
+def _named(spec: JobSpec) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    return RunRow.tenant == spec.tenant, RunRow.name == spec.name
+
+
 def _of_tenant(query: Select[Any], tenant: str | None) -> Select[Any]:
     return query if tenant is None else query.where(RunRow.tenant == tenant)
 
@@ -345,7 +358,7 @@ def _illegal(run: Run, to: RunState, *, gone: bool = False) -> IllegalTransition
 def _name_taken(db: Database, spec: JobSpec) -> RunExists:
     with db.read() as session:
         names = set(session.scalars(_of_tenant(select(RunRow.name), spec.tenant)))
-        row = session.scalar(select(RunRow).where(RunRow.tenant == spec.tenant, RunRow.name == spec.name))
+        row = session.scalar(select(RunRow).where(*_named(spec)))
     state = row.state.value if row else "gone again"
     resumable = row is not None and row.state in (RunState.PAUSED, RunState.FAILED, RunState.CANCELLED)
     resume = f", or continue it: `adaptory runs resume {spec.name}`" if resumable else ""

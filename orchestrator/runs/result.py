@@ -1,10 +1,10 @@
-"""`result.json`: the last word of an attempt."""
+"""`result.json`: the last word of an attempt. Where the store cannot take it, the job prints it instead."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from orchestrator.runs.states import RunState
 
@@ -42,3 +42,24 @@ class RunResult(BaseModel):
     """Where the time went, by phase."""
     finished_at: float
     """Seconds since the epoch."""
+
+
+_LAST_WORDS = "adaptory result: "
+
+
+def last_words(result: RunResult) -> str:
+    """The line that a job prints when its store is full or away."""
+    return _LAST_WORDS + result.model_dump_json()
+
+
+def heard(log: str, attempt: int) -> RunResult | None:
+    """The result that an attempt printed, if it did."""
+    for line in reversed(log.splitlines()):
+        if line.startswith(_LAST_WORDS):
+            try:
+                result = RunResult.model_validate_json(line.removeprefix(_LAST_WORDS))
+            except ValidationError:  # cut off: the disk that holds Ray's logs may be full as well
+                continue
+            if result.attempt == attempt:
+                return result
+    return None

@@ -43,6 +43,17 @@ def quiet(_: str) -> None:
     """Says nothing."""
 
 
+def refuse_early(spec: JobSpec, *, store: Store, db: Database) -> None:
+    """What `submit` would refuse whatever the cluster says, for callers that would have to start one first.
+
+    Raises:
+        RunExists: the name is taken.
+        SettingsError: the store's URL holds credentials.
+    """
+    refuse_credentials(store)
+    repository.refuse_taken_name(db, spec)
+
+
 def submit(
     spec: JobSpec,
     *,

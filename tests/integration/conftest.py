@@ -26,12 +26,16 @@ class Heard:
     """Stands for an EventWriter: remembers what was said, and may end the worker after a step."""
 
     kill_after: int | None = None
+    then: dict[int, Callable[[], None]] = field(default_factory=dict)
+    """By step: what happens once it was said."""
     lines: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
 
     def emit(self, type: str, message: str = "", **data: Any) -> None:
         self.lines.append((type, message, data))
-        if type == "metrics" and "loss" in data and data["step"] == self.kill_after:
-            raise Killed
+        if type == "metrics" and "loss" in data:
+            if data["step"] == self.kill_after:
+                raise Killed
+            self.then.get(data["step"], lambda: None)()
 
     def flush(self) -> None:
         """Everything is remembered at once."""
@@ -59,17 +63,12 @@ class Job:
 
     def work(self, heard: Heard | None = None, attempt: int = 1) -> RunResult:
         """One attempt on one worker, in this process."""
+        from jobs.train.session import Session
         from jobs.train.setup import Place
         from jobs.train.worker import run_worker
 
-        result = run_worker(
-            self.resolved,
-            attempt,
-            store=self.store,
-            cache=self.cache,
-            place=Place(),
-            events=heard or Heard(),  # type: ignore[arg-type]
-        )
+        events: Any = heard or Heard()
+        result = run_worker(Session(self.resolved, attempt, self.store, self.cache, Place(), events))
         assert result is not None
         return result
 

@@ -6,7 +6,11 @@ Digests are over the weights' bytes, so equal digests are equality to the last d
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,16 +18,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
+from jobs.train.artifact import load_adapter
 from jobs.train.loop import SLOT
-from jobs.train.publish import load_adapter
-from orchestrator.errors import ModelError, TrainingDiverged
+from orchestrator.errors import DiskFull, ModelError, OutOfMemory, TrainingDiverged
 from orchestrator.modeling.loading import load_model
 from orchestrator.registry.adapters import AdapterSummary
+from orchestrator.runs.result import RunResult
 from orchestrator.runs.states import RunState
 from orchestrator.store import Store, adapter_path, attempt_path, checkpoints_path, control_path
 
+ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ["llama", "llama-untied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"]
 TUNINGS: dict[str, dict[str, Any]] = {
     "lora": {"type": "lora", "rank": 4},
@@ -178,6 +184,112 @@ def test_divergence_fails_with_its_step_and_keeps_the_last_good_checkpoint(
     assert job.work(attempt=2).adapter == make_job(name="undisturbed").work().adapter
 
 
+# --- the machine runs out -------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_fills_and_stays_full_ends_the_run_and_loses_nothing(
+    make_job: Make, heard: Any, small_disk: Any
+) -> None:
+    expected = make_job(name="undisturbed").work().adapter
+    job = make_job(name="full", store=str(small_disk.path / "store"))
+    said = heard(then={3: small_disk.fill})  # the checkpoint of step 2 is there, those of 4, 6 and 8 find no room
+    result = job.work(said)
+    assert result.state is RunState.FAILED
+    assert result.error["code"] == DiskFull.code
+    assert f"There is no room for {small_disk.path}/store/adapters/" in result.error["message"]
+    assert result.error["free"] < 2**16
+    assert "adaptory runs resume" in result.error["hint"]
+    assert said.steps == list(range(1, 9))
+    failed = [line for line in said.messages if "could not be saved; the run goes on" in line]
+    assert len(failed) == 3
+    assert all("16.0 MiB are free" in line for line in failed)
+    assert [int(name) for name in job.store.children(checkpoints_path(job.resolved.run))] == [2]
+    small_disk.free()
+    again = heard()
+    assert job.work(again, attempt=2).adapter == expected
+    assert again.steps == [3, 4, 5, 6, 7, 8]
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from jobs.train.session import Session
+from jobs.train.setup import Place, use_threads
+from jobs.train.worker import run_worker
+from orchestrator.spec.resolved import ResolvedSpec
+from orchestrator.store import Store, spec_path
+
+url, cache, run, phase = sys.argv[1:]
+
+class Events:
+    def emit(self, type, message="", **data):
+        if type == "phase" and data["phase"] == phase:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + 8 * 2**20, resource.RLIM_INFINITY))
+
+    def flush(self):
+        pass
+
+use_threads(1)
+store = Store(url)
+resolved = ResolvedSpec.model_validate(store.read_json(spec_path(run)))
+result = run_worker(Session(resolved, 1, store, Path(cache), Place(), Events()))
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(result.model_dump_json())
+"""
+
+
+@pytest.mark.parametrize(
+    ("phase", "message", "hint"),
+    [
+        ("building", "Out of memory while building", "tuning.rank"),
+        (
+            "training",
+            r"Out of memory in a micro-batch of \d+ tokens \(longest row \d+\)",
+            "train.micro_batch_tokens to",
+        ),
+    ],
+)
+def test_memory_that_runs_out_is_a_typed_error_that_names_what_to_lower(
+    make_job: Make, tiny_model: Any, tmp_path: Path, phase: str, message: str, hint: str
+) -> None:
+    """A process whose address space ends 8 MiB above what it has when the phase begins."""
+    base = wide_llama(tmp_path / "wide", tiny_model("llama"))
+    job = make_job(base, train={"micro_batch_tokens": 2048})
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, job.store.url, str(job.cache), job.resolved.run, phase],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = RunResult.model_validate_json(done.stdout.splitlines()[-1])
+    assert result.state is RunState.FAILED
+    assert result.error is not None
+    assert result.error["code"] == OutOfMemory.code, result.error
+    assert re.match(message, result.error["message"])
+    assert hint in result.error["hint"]
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def wide_llama(directory: Path, tokenizer: Path) -> Path:
+    """33 MB of weights: more than the heap happens to have free."""
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=512, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=8,
+        max_position_embeddings=512, bos_token_id=0, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(directory)
+    with_tokenizer(directory, tokenizer)
+    return directory
+
+
+def with_tokenizer(directory: Path, tokenizer: Path) -> None:
+    for file in tokenizer.iterdir():
+        if file.name.startswith(("tokenizer", "chat_template", "special")):
+            shutil.copy(file, directory / file.name)
+
+
 # --- every kind of model --------------------------------------------------------------------------------------------
 
 
@@ -189,9 +301,7 @@ def tiny_phi(directory: Path, tokenizer: Path) -> Path:
     )  # fmt: skip
     torch.manual_seed(0)
     PhiForCausalLM(config).save_pretrained(directory)
-    for file in tokenizer.iterdir():
-        if file.name.startswith(("tokenizer", "chat_template", "special")):
-            shutil.copy(file, directory / file.name)
+    with_tokenizer(directory, tokenizer)
     return directory
 
 

@@ -141,6 +141,20 @@ def memory_cluster(monkeypatch: pytest.MonkeyPatch) -> MemoryCluster:
 
 
 @pytest.fixture
+def out_of_reach(memory_cluster: MemoryCluster, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From its call on, a command that looks for a cluster or starts one crashes."""
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("the command reached for the cluster")
+
+    def begin() -> None:
+        monkeypatch.setattr(cluster, "connect", never)
+        monkeypatch.setattr(cluster, "connect_if_running", never)
+
+    return begin
+
+
+@pytest.fixture
 def adaptory(capfd: pytest.CaptureFixture[str], memory_cluster: MemoryCluster) -> Callable[..., Answer]:
     """Runs the command in this process: `adaptory("runs", "list")`."""
 

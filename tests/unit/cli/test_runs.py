@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import cluster
+from orchestrator.cli import main
 from orchestrator.commands import following
 from orchestrator.commands.backend import Backend, complete_run
 from orchestrator.errors import ClusterError
@@ -112,12 +113,38 @@ def test_the_data_is_named_and_rows_seen_twice_are_told(adaptory, spec):
     assert "Data: format prompt_completion; rows: " in adaptory("run", spec, "--name", "b").err
 
 
-def test_a_second_run_of_one_name_is_refused(adaptory, spec):
-    adaptory("run", spec)
+def test_a_second_run_of_one_name_is_refused_before_anything_is_started(adaptory, spec, memory_cluster, out_of_reach):
+    assert adaptory("run", spec).code == 0
+    out_of_reach()
     answer = adaptory("run", spec)
     assert answer.code == 2
     assert "already has a run 'sums'" in answer.err
     assert "--name sums-2" in answer.err
+    assert len(memory_cluster.jobs) == 1
+
+
+def test_of_two_who_submit_one_name_at_once_the_second_is_refused(adaptory, spec, memory_cluster, monkeypatch):
+    """The other comes between our look at the name and our submission: while our cluster is being connected."""
+
+    def the_other_is_quicker(settings, say):
+        monkeypatch.setattr(cluster, "connect", lambda settings, say: memory_cluster)
+        assert main(["run", str(spec)]) == 0
+        return memory_cluster
+
+    monkeypatch.setattr(cluster, "connect", the_other_is_quicker)
+    answer = adaptory("run", spec)
+    assert answer.code == 2
+    assert "already has a run 'sums'" in answer.err
+    assert len(memory_cluster.jobs) == 1
+
+
+def test_a_store_url_with_a_password_is_refused_before_anything_is_started(adaptory, spec, monkeypatch, out_of_reach):
+    monkeypatch.setenv("ADAPTORY_STORE_URL", "s3://key:hunter2@bucket/prefix")
+    out_of_reach()
+    answer = adaptory("run", spec)
+    assert answer.code == 2
+    assert "holds credentials" in answer.err
+    assert "hunter2" not in answer.err
 
 
 @pytest.mark.parametrize(
@@ -146,12 +173,8 @@ def test_a_mistake_is_told_before_anything_is_started(adaptory, spec, memory_clu
 # --- dry run
 
 
-def test_a_dry_run_writes_and_shows_everything_and_starts_nothing(adaptory, spec, home, monkeypatch):
-    def never(*_, **__):
-        raise AssertionError("a dry run reached for the cluster")
-
-    monkeypatch.setattr(cluster, "connect", never)
-    monkeypatch.setattr(cluster, "connect_if_running", never)
+def test_a_dry_run_writes_and_shows_everything_and_starts_nothing(adaptory, spec, home, out_of_reach):
+    out_of_reach()
     answer = adaptory("run", spec, "--dry-run")
     assert answer.code == 0, answer.err
     assert "prompt_completion" in answer.out

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.db import leases
-from orchestrator.errors import AdaptoryError, JobFailed, StoreError
+from orchestrator.errors import AdaptoryError, DiskFull, JobFailed, StoreError
 from orchestrator.runs import submission
 from orchestrator.runs.client import JobStatus
 from orchestrator.runs.events import EventWriter
 from orchestrator.runs.reconcile import reconcile, stop
 from orchestrator.runs.repository import create_run, list_adapters, list_events, open_attempts
+from orchestrator.runs.result import RunResult, last_words
 from orchestrator.runs.states import RunState
 from orchestrator.spec.job import JobSpec
 from orchestrator.store import adapter_path, result_path
@@ -77,6 +78,39 @@ def test_a_job_that_ends_without_a_result_has_failed(world, status):
     assert isinstance(error, JobFailed)
     assert f"Ray says {status.value}: exited with 1; its last words: 99." in str(error)
     assert error.context["log"].splitlines() == [str(n) for n in range(70, 100)]
+
+
+@pytest.mark.parametrize("state", [RunState.FAILED, RunState.SUCCEEDED, RunState.PAUSED])
+def test_a_result_that_a_full_store_did_not_take_is_heard_from_what_the_job_printed(world, state):
+    run = world.submit()
+    world.says_running(run)
+    world.reconcile()
+    error = DiskFull("There is no room for /store.", hint="Free some.", free=0).to_dict() if state.final else None
+    result = RunResult(attempt=1, state=state, error=error, metrics={"steps": 4.0}, finished_at=7.0)
+    job = world.jobs.jobs[run.submission_id]
+    job.status = JobStatus.FAILED
+    job.logs = f"INFO begins\n{last_words(result)}\nOSError: [Errno 28] No space left on device"
+    world.reconcile()
+    run = world.run()
+    assert (run.state, run.error, run.result) == (state, error, result)
+    assert list_events(world.db, run.id)[-1].message == (error["message"] if error else f"The run is {state.value}.")
+    assert world.reconcile().changed == {}
+
+
+@pytest.mark.parametrize(
+    "printed", ["adaptory result: {", 'adaptory result: {"attempt": 1, "sta', "of another attempt", "no end"]
+)
+def test_printed_words_that_are_no_result_of_this_attempt_are_none(world, printed):
+    run = world.submit()
+    if printed in ("of another attempt", "no end"):
+        other = printed == "of another attempt"
+        printed = last_words(
+            RunResult(attempt=2 if other else 1, state="succeeded" if other else "running", finished_at=7.0)
+        )
+    job = world.jobs.jobs[run.submission_id]
+    job.status, job.logs = JobStatus.FAILED, printed
+    world.reconcile()
+    assert world.run().error["code"] == JobFailed.code
 
 
 def test_a_running_job_that_ray_has_forgotten_has_failed(world):

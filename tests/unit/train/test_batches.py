@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
+from jobs.train import setup
 from jobs.train.batches import Batches
+from orchestrator.spec.job import JobSpec
 
 LENGTHS = some.lists(some.integers(1, 60), min_size=1, max_size=40)
 OPTIONS = some.fixed_dictionaries(
@@ -78,3 +83,22 @@ def test_max_steps_ends_early_and_never_prolongs() -> None:
 def test_epoch_counts_passes_over_the_rows() -> None:
     batches = Batches([5] * 10, batch_size=4, epochs=1.5, seed=0)
     assert [batches.epoch(step) for step in range(batches.total_steps + 1)] == [0.0, 0.4, 0.8, 1.2, 1.5]
+
+
+def test_ranks_that_find_different_amounts_of_free_memory_cut_the_rows_alike(
+    as_ranks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each by itself, rank 1 would have cut these rows into four times as many micro-batches."""
+    monkeypatch.setattr(setup, "micro_batch_tokens", lambda train, network, place, longest: (400, 100)[place.rank])
+    spec = JobSpec.model_validate(
+        {"name": "n", "base_model": "m", "data": {"train": "t"}, "train": {"batch_size": 16, "epochs": 1}}
+    )
+    lengths = np.random.default_rng(0).integers(5, 90, 64)
+    network = SimpleNamespace(packs=True)
+    first, second = as_ranks(2, lambda place: setup.make_batches(spec, lengths, network, place))
+    seen: list[int] = []
+    for step in range(first.total_steps):
+        of_each = first.micro_batches(step, 0), second.micro_batches(step, 1)
+        assert len(of_each[0]) == len(of_each[1]) > 2
+        seen += [row for rank in of_each for micro in rank for row in micro]
+    assert sorted(seen) == list(range(64))

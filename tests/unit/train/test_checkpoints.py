@@ -91,6 +91,16 @@ def test_one_that_was_never_completed_does_not_exist(store: Store) -> None:
     assert checkpoints(store).latest()[0] == 2  # type: ignore[index]
 
 
+def test_one_that_lost_a_file_is_passed_over_and_named(store: Store) -> None:
+    said = Said()
+    saved = checkpoints(store, said)
+    for step in (2, 4):
+        saved.save(step, state(step), {}, wait=True)
+    store.delete(f"{checkpoint_path(RUN, 4)}/exp_avg.safetensors")
+    assert saved.latest()[0] == 2  # type: ignore[index]
+    assert len(said.warnings) == 1
+
+
 @pytest.mark.parametrize("what", ["weights.safetensors", "exp_avg.safetensors", "manifest.json"])
 def test_a_damaged_one_is_passed_over_and_named(store: Store, what: str) -> None:
     said = Said()
@@ -177,3 +187,56 @@ def test_an_attempt_that_was_replaced_wishes_to_end(store: Store) -> None:
     control = Control(store, RUN, 2)
     control.close()
     assert control.wish == "cancel"
+
+
+# --- several ranks --------------------------------------------------------------------------------------------------
+
+
+def agreed(stores: list[Store]) -> Any:
+    return lambda place: checkpoints(stores[place.rank]).agreed(place)
+
+
+def damage(store: Store, step: int) -> None:
+    store.write(f"{checkpoint_path(RUN, step)}/weights.safetensors", b"other bytes")
+
+
+@pytest.fixture
+def two_stores(tmp_path: Path) -> list[Store]:
+    """Each rank's own, with checkpoints 2 and 4 in both."""
+    stores = [Store(str(tmp_path / f"rank{rank}")) for rank in range(2)]
+    for one in stores:
+        for step in (2, 4):
+            checkpoints(one).save(step, state(step), {"tokens": step}, wait=True)
+    return stores
+
+
+def test_a_rank_that_sees_a_newer_checkpoint_follows_rank_0(two_stores: list[Store], as_ranks: Any) -> None:
+    checkpoints(two_stores[1]).save(6, state(6.0), {}, wait=True)
+    first, second = as_ranks(2, agreed(two_stores))
+    assert (first[0], second[0]) == (4, 4)
+    assert second[2]["tokens"] == 4
+    assert torch.equal(second[1]["weights"]["w"], state(4.0)["weights"]["w"])
+
+
+def test_what_rank_0_finds_damaged_nobody_goes_on_from(two_stores: list[Store], as_ranks: Any) -> None:
+    damage(two_stores[0], 4)
+    assert [found[0] for found in as_ranks(2, agreed(two_stores))] == [2, 2]
+
+
+def test_where_rank_0_sees_none_all_begin_anew(two_stores: list[Store], as_ranks: Any) -> None:
+    two_stores[0].delete(checkpoints_path(RUN))
+    assert as_ranks(2, agreed(two_stores)) == [None, None]
+
+
+@pytest.mark.parametrize("how", ["damaged", "missing"])
+def test_a_rank_that_cannot_read_what_rank_0_reads_says_so(two_stores: list[Store], as_ranks: Any, how: str) -> None:
+    if how == "damaged":
+        damage(two_stores[1], 4)
+    else:
+        two_stores[1].delete(checkpoint_path(RUN, 4))
+    first, second = as_ranks(2, agreed(two_stores))
+    assert first[0] == 4
+    assert isinstance(second, StoreError)
+    assert second.message.startswith("Worker 1 cannot read the checkpoint at step 4, from which worker 0 goes on: ")
+    assert str(two_stores[1].url) in second.message
+    assert second.context == {"step": 4, "rank": 1}
