@@ -188,3 +188,51 @@ class Superseded(RunError):
     """A newer attempt owns this run; this one must stop without writing."""
 
     code = "superseded"
+
+
+class EngineError(AdaptoryError):
+    """The serving engine cannot answer a request. Context: `request`."""
+
+    code = "engine_error"
+
+
+class InvalidRequest(EngineError):
+    """A request that no engine with this base could answer. Context: `field`, `value`."""
+
+    code = "invalid_request"
+
+
+class EngineOverloaded(EngineError):
+    """As many requests wait already as may; asking again later can succeed. Context: `waiting`."""
+
+    code = "engine_overloaded"
+
+
+class AdapterNotLoaded(EngineError):
+    """The request's adapter is in no slot of this engine. Context: `adapter`."""
+
+    code = "adapter_not_loaded"
+
+
+class AdapterInUse(EngineError):
+    """An adapter that requests still use cannot leave its slot. Context: `adapter`, `requests`."""
+
+    code = "adapter_in_use"
+
+
+class NoFreeSlot(EngineError):
+    """Every adapter slot is taken: unload one first. Context: `adapter`, `slots`."""
+
+    code = "no_free_slot"
+
+
+class StepFailed(EngineError):
+    """The engine's step failed under this request, by no fault of the request that is known. Context: `cause`."""
+
+    code = "engine_step_failed"
+
+
+class EngineStopped(EngineError):
+    """The engine is shut down, or was while it answered."""
+
+    code = "engine_stopped"

@@ -1,1 +1,1 @@
-"""The Ray Serve application. Empty in this version: it holds the name and the border."""
+"""What answers requests: so far the engine. Gateway, routing and adapter cache come beside it."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from jobs.data import PreparedData, TestRow
-from jobs.evaluate import answer, compare
+from jobs.evaluate import BASE, Candidate, answer, compare
 from jobs.train.artifact import PUBLISHED, check_same, load_adapter, write_full_weights, write_trained_adapter
 from jobs.train.fence import check_still_ours
 from jobs.train.session import Session
@@ -56,7 +56,7 @@ def publish(session: Session, trainable: Trainable, base: BaseModel, tokenizer: 
                 lambda: (_fresh(session, base) if full else published).logits(probe, keep, None).float(),
                 tolerance=0.0 if published is trainable.network else 1e-4 if spec.train.dtype == "float32" else 2e-2,
             )
-        evaluation = _evaluate(session, published, base, tokenizer, data.test) if spec.evaluate else None
+        evaluation = _evaluate(session, published, directory, base, tokenizer, data.test) if spec.evaluate else None
         with session.phase("publishing"):
             check_still_ours(session.store, session.resolved.run, session.attempt)
             provenance = _provenance(session, base, data, evaluation, probes)
@@ -98,7 +98,12 @@ def _fresh(session: Session, base: BaseModel) -> Decoder | PlainDecoder:
 
 
 def _evaluate(
-    session: Session, published: Decoder | PlainDecoder, base: BaseModel, tokenizer: Any, test: list[TestRow]
+    session: Session,
+    published: Decoder | PlainDecoder,
+    artifact: Path,
+    base: BaseModel,
+    tokenizer: Any,
+    test: list[TestRow],
 ) -> EvaluationResult:
     spec = session.spec.evaluate
     assert spec is not None
@@ -110,10 +115,11 @@ def _evaluate(
     with session.phase("evaluating"):
         progress(0)(0)
         if isinstance(session.spec.tuning, FullTuning):
-            (before,) = answer(_fresh(session, base), tokenizer, rows, [None], spec.max_new_tokens, progress(0))
-            (after,) = answer(published, tokenizer, rows, [None], spec.max_new_tokens, progress(len(rows)))
+            (before,) = answer(_fresh(session, base), tokenizer, rows, [BASE], spec.max_new_tokens, progress(0))
+            (after,) = answer(published, tokenizer, rows, [BASE], spec.max_new_tokens, progress(len(rows)))
         else:
-            before, after = answer(published, tokenizer, rows, [None, PUBLISHED], spec.max_new_tokens, progress(0))
+            candidates = [BASE, Candidate(PUBLISHED, artifact)]
+            before, after = answer(published, tokenizer, rows, candidates, spec.max_new_tokens, progress(0))
     return compare(spec, rows, before, after)
 
 

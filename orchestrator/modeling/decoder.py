@@ -106,10 +106,11 @@ class LayerWeights:
     mlp_post_norm: Norm | None
     q_norm: Norm | None
     k_norm: Norm | None
-    qkv: FusedLinear
-    o: FusedLinear
-    gate_up: FusedLinear
-    down: FusedLinear
+    qkv: nn.Module
+    """This and the next three: `FusedLinear`, or what stands in its place where the network is served."""
+    o: nn.Module
+    gate_up: nn.Module
+    down: nn.Module
 
 
 class Decoder(nn.Module):

@@ -49,7 +49,7 @@ def test_no_control_plane_module_pulls_in_torch_or_ray():
     assert done.stdout.split() == []
 
 
-@pytest.mark.parametrize("library", ["deepspeed", "bitsandbytes", "vllm"])
+@pytest.mark.parametrize("library", ["deepspeed", "bitsandbytes", "vllm", "xgrammar"])
 def test_at_most_one_module_imports(library: str):
     importers = [
         str(path.relative_to(ROOT))

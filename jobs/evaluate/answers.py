@@ -1,0 +1,105 @@
+"""Answers of a model to rows that it never saw, by the engine that will serve it: what is evaluated is what is served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.data import TestRow
+from jobs.data.render import Renderer
+from orchestrator.modeling.decoder import Decoder
+from orchestrator.modeling.generate import Prompt, generate
+from serving.engine.core import EngineCore, answers
+from serving.engine.network import ServedNetwork
+from serving.engine.protocol import GenerateRequest, Sampling
+from serving.engine.scheduler import Limits
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Who answers: the base alone, or with an adapter."""
+
+    slot: str | None = None
+    """The adapter's slot in the model: what the plain path uses."""
+    directory: Path | None = None
+    """The adapter's files: what the engine loads, as it does when serving."""
+
+
+BASE = Candidate()
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[TestRow],
+    candidates: Sequence[Candidate],
+    max_new_tokens: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[list[str]]:
+    """Greedy answers of every candidate to every row, together where the model can: one list of texts a candidate.
+
+    Args:
+        progress: told how many answers there are.
+    """
+    renderer = Renderer(tokenizer)
+    prompts = [
+        tokenizer(renderer.prompt(row.messages, row.tools), add_special_tokens=False)["input_ids"] for row in rows
+    ]
+    if not rows:
+        return [[] for _ in candidates]
+    asked = [(prompt, candidate) for candidate in candidates for prompt in prompts]
+    end = end_tokens(tokenizer)
+    if isinstance(model, Decoder):
+        texts = _by_engine(model, tokenizer, asked, end, max_new_tokens, progress)
+    else:
+        plain = [Prompt(prompt, candidate.slot) for prompt, candidate in asked]
+        out = generate(model, plain, max_new_tokens=max_new_tokens, end=end, progress=progress)
+        texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+    return [texts[n * len(rows) : (n + 1) * len(rows)] for n in range(len(candidates))]
+
+
+def end_tokens(tokenizer: Any) -> frozenset[int]:
+    """What ends a turn: the tokenizer's end of sequence and the template's end of turn."""
+    names = [tokenizer.eos_token, "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"]
+    vocabulary = tokenizer.get_vocab()
+    found = {vocabulary[name] for name in names if name in vocabulary}
+    return frozenset(found) or frozenset({0})
+
+
+_AT_ONCE = 64  # answers decoded together; more gain little on a CPU
+
+
+def _by_engine(
+    model: Decoder,
+    tokenizer: Any,
+    asked: Sequence[tuple[list[int], Candidate]],
+    end: frozenset[int],
+    max_new_tokens: int,
+    progress: Callable[[int], None],
+) -> list[str]:
+    longest = max(len(prompt) for prompt, _ in asked) + max_new_tokens
+    network = ServedNetwork(model)
+    room = network.cache_tokens(share=0.25)
+    limits = Limits(
+        cache_tokens=max(longest, min(_AT_ONCE * longest, room)), max_sequences=_AT_ONCE, max_length=longest
+    )
+    core = EngineCore(network, tokenizer, end, limits)
+    for directory in {candidate.directory for _, candidate in asked if candidate.directory}:
+        core.load(str(directory), directory)
+    texts: dict[str, str] = {}
+    for number, (prompt, candidate) in enumerate(asked):
+        adapter = str(candidate.directory) if candidate.directory else None
+        core.add(GenerateRequest(tuple(prompt), adapter, Sampling(max_tokens=max_new_tokens), id=str(number)))
+        texts[str(number)] = ""
+    done = 0
+    for delivery in answers(core):
+        if delivery.error is not None:
+            raise delivery.error
+        assert delivery.event is not None
+        texts[delivery.request_id] += delivery.event.text
+        if delivery.last:
+            done += 1
+            progress(done)
+    return list(texts.values())

@@ -1,0 +1,142 @@
+"""A decoder as it is served: the network of `orchestrator.modeling` with other linears in it, and adapters by digest."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from orchestrator.errors import AdapterError
+from orchestrator.modeling.adapter_files import read_adapter, split_name
+from orchestrator.modeling.attention import Attention
+from orchestrator.modeling.decoder import Decoder, Layer, LayerWeights
+from orchestrator.modeling.lora import FusedLinear, Segment
+from serving.engine.linears import Mixture, ServedLinear, Update, packed, packed_linear
+
+Adapter = dict[str, list[Update]]
+"""Updates by the name of the linear in the network, `layers.0.qkv`."""
+
+
+class ServedNetwork:
+    """Shares the decoder's weights, or has packed copies of them; the decoder itself is left as it was.
+
+    Args:
+        model: in evaluation mode.
+        pack: whether to pack weights; None: where a CPU has the memory for a second copy of them.
+    """
+
+    def __init__(self, model: Decoder, pack: bool | None = None):
+        self.architecture = model.architecture
+        self.device, self.dtype = model.norm.weight.device, model.norm.weight.dtype
+        if pack is None:
+            pack = self.device.type == "cpu" and _bytes(model) < psutil.virtual_memory().available // 2
+        self._decoder = copy.copy(model)
+        self._decoder._modules = dict(model._modules)
+        self._decoder.layers = nn.ModuleList(_served(layer, pack) for layer in model.layers)
+        self._decoder.eval()
+        self._head = packed(model.head.weight.detach()) if pack else None
+        self._linears = {n: m for n, m in self._decoder.named_modules() if isinstance(m, ServedLinear)}
+        self._places = {
+            p.name: (name, number)
+            for name, linear in self._linears.items()
+            for number, p in enumerate(linear.projections)
+        }
+        self._ranks: dict[str, int] = {}
+
+    def hidden(
+        self, ids: Tensor, positions: Tensor, attention: Attention, segments: Sequence[Segment], keep: Tensor | None
+    ) -> Tensor:
+        """As `Decoder.forward`: [tokens] → [kept, hidden_size]."""
+        return self._decoder(ids, positions, attention, segments, keep)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[tokens, hidden_size] → [tokens, vocab], fp32."""
+        if self._head is None:
+            return self._decoder.head(hidden).float()
+        logits, softcap = packed_linear(hidden, self._head, None).float(), self.architecture.logit_softcap
+        return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+    def mixture(self, segments: Sequence[Segment]) -> Mixture:
+        return Mixture(segments, self._ranks, self.device)
+
+    def cache_tokens(self, share: float) -> int:
+        """Tokens of a key-value cache that takes this share of the memory that is free now."""
+        free = psutil.virtual_memory().available
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+        a = self.architecture
+        return int(share * free) // (2 * a.num_layers * a.kv_size * self.dtype.itemsize)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(self._ranks)
+
+    def read(self, directory: Path) -> Adapter:
+        """An adapter's files, ready for `install`. Touches nothing that a step uses: any thread may call it.
+
+        Raises:
+            AdapterError: damaged, it does not fit this base, or a weight is not finite.
+        """
+        config, tensors = read_adapter(directory)
+        sides: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            found = split_name(name)
+            if found is None:
+                raise _unfit(directory, f"{name!r} is no LoRA tensor", "coverage")
+            if not torch.isfinite(tensor).all():  # it would spread to whoever shares the batch
+                raise _unfit(directory, f"{name} is not finite", "finite")
+            sides.setdefault(found[0], {})[found[1]] = tensor
+        adapter: Adapter = {}
+        for module, pair in sides.items():
+            if module not in self._places:
+                raise _unfit(directory, f"{module} is no linear of the base", "coverage")
+            if pair.keys() != {"A", "B"}:
+                raise _unfit(directory, f"{module} has lora_{min(pair)} alone", "coverage")
+            name, number = self._places[module]
+            linear, a, b = self._linears[name], pair["A"], pair["B"]
+            projection, rank = linear.projections[number], config.rank_of(module)
+            shapes = (rank, linear.in_features), (projection.stop - projection.start, rank)
+            if (tuple(a.shape), tuple(b.shape)) != shapes:
+                raise _unfit(directory, f"{module} has A {[*a.shape]} and B {[*b.shape]}, not {shapes}", "shape")
+            scaled = b.float() * config.scale_of(module)
+            update = Update(number, a.to(self.device, self.dtype), scaled.to(self.device, self.dtype))
+            adapter.setdefault(name, []).append(update)
+        return adapter
+
+    def install(self, digest: str, adapter: Adapter) -> None:
+        """Between two steps."""
+        for name, updates in adapter.items():
+            self._linears[name].load(digest, updates)
+        self._ranks[digest] = max(len(update.a) for updates in adapter.values() for update in updates)
+
+    def remove(self, digest: str) -> None:
+        """Between two steps."""
+        for linear in self._linears.values():
+            linear.unload(digest)
+        self._ranks.pop(digest, None)
+
+
+def _served(layer: nn.Module, pack: bool) -> Layer:
+    """The same layer, its linears excepted."""
+    assert isinstance(layer, Layer)
+    weights: dict[str, Any] = {name: getattr(layer, name) for name in LayerWeights.__dataclass_fields__}
+    linears = {name: ServedLinear(m, pack) for name, m in weights.items() if isinstance(m, FusedLinear)}
+    return Layer(layer.index, layer.architecture, LayerWeights(**weights | linears))
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def _unfit(directory: Path, what: str, check: str) -> AdapterError:
+    return AdapterError(
+        f"The adapter in {directory} does not fit: {what}.",
+        hint="Serve it on the base that it was trained on.",
+        adapter=str(directory),
+        check=check,
+    )
