@@ -1,9 +1,9 @@
 """The README's commands, typed as they stand and in their order: a fresh clone, an empty home, a real local Ray.
 
 What takes minutes is made small, not left out: the clone's `jobs/examples/finance-entities.yaml` names a tiny base model and
-40 rows on this machine, with as many epochs at such a rate that the model learns their one answer. The rest of it is the
-example's, so `make demo` and each `adaptory run` train, evaluate and publish as they always do, and the demo reaches its
-goal. About two minutes on two busy cores, half of them the demo and the run that is followed.
+40 rows on this machine, with as many epochs at such a rate that the model learns their one answer, and takes one CPU. The
+rest of it is the example's, so `make demo` and each `adaptory run` train, evaluate and publish as they always do, and the
+demo reaches its goal. About two minutes on two busy cores.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -32,28 +31,20 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 CLONED = ("cluster", "jobs", "orchestrator", "serving", "tests/bench")
 CLONED_FILES = ("Makefile", "pyproject.toml", "constraints.txt")
-PATIENCE = 240.0
-"""Seconds for a command that takes a few on a quiet machine."""
+PATIENCE = 400.0
+"""Seconds for a command; the demo, which takes longest, took 35 to 70 on two busy cores."""
 
 NOT_RUN = {
     "make test",  # it runs this; tests/unit/test_project.py looks at it
     "make bench NAME=train_vs_trl",  # twenty minutes and a second environment; `make bench` must list it
 }
-REFUSED = {
-    "adaptory runs pause finance-entities",
-    "adaptory runs resume finance-entities",
-    "adaptory runs cancel finance-entities",
-}
-"""The page has followed this run to its end, so the answer is why not; tests/e2e/test_faults.py steers runs that go on."""
-BEFORE = {"adaptory down": "adaptory runs logs quick --follow"}
-"""`down` refuses to end what still runs, so a person waits for it."""
 
 
 def commands() -> list[str]:
     """Every command of the README's console blocks, without its comment."""
     blocks = re.findall(r"^```console\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines() if line.startswith("$ ")]
-    return [" ".join(shlex.split(line, comments=True)) for line in lines]
+    return [re.sub(r"\s+#.*", "", line) for line in lines]
 
 
 @dataclass
@@ -142,11 +133,8 @@ def test_every_command_does_what_the_page_says(person: Person) -> None:
     for command in commands():
         if command in NOT_RUN:
             continue
-        if command in BEFORE:
-            assert person.types(BEFORE[command]).returncode == 0
         done = person.types(command)
-        assert done.returncode == (1 if command in REFUSED else 0), f"$ {command}\n{done.stdout}{done.stderr}"
-        assert command not in REFUSED or "finance-entities is succeeded" in done.stderr
+        assert done.returncode == 0, f"$ {command}\n{done.stdout}{done.stderr}"
         printed[command] = done.stdout
     assert json.loads((person.clone / "build/demo.json").read_text())["after"]["entity_f1"] > 0.9
     assert (person.clone / "curves.png").read_bytes().startswith(b"\x89PNG")
