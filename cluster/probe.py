@@ -75,6 +75,14 @@ def preflight(client: RayJobClient, settings: Settings, spec: JobSpec) -> None:
     fit(spec.resources, answer.resources)
 
 
+def known_resources(client: RayJobClient, settings: Settings) -> ClusterResources | None:
+    """What the cluster has, as far as that is known without a job: of one with other machines, what its last probe said."""
+    if client.local:
+        return resources_of(client)
+    answer = _cached(client, settings)
+    return answer.resources if answer else None
+
+
 def resources_of(client: RayJobClient) -> ClusterResources:
     """What the cluster has, asked over HTTP, without its autoscaler (a local Ray has none)."""
     rows = client.dashboard.nodes()

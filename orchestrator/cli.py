@@ -18,7 +18,7 @@ import typer
 from orchestrator import __version__
 from orchestrator.commands import adapters, cluster, data, runs, schema
 from orchestrator.commands.output import print_error, say
-from orchestrator.errors import AdaptoryError
+from orchestrator.errors import AdaptoryError, UsageError
 
 app = typer.Typer(
     name="adaptory",
@@ -73,6 +73,8 @@ def main(args: list[str] | None = None) -> int:
         code = 1
     except OSError as error:
         code = _system(error, as_json=as_json)
+    except RuntimeError as error:
+        code = _nobody(as_json=as_json) if "home directory" in str(error) else _crash(error, as_json=as_json)
     except Exception as error:
         code = _crash(error, as_json=as_json)
     return _flushed(code)
@@ -93,7 +95,7 @@ def _usage(error: Exception, *, as_json: bool) -> int:
     where = f"`{context.command_path} --help` shows what it takes." if context else None
     message = error.format_message()  # type: ignore[attr-defined]
     message += "" if message.endswith((".", "?", ")")) else "."
-    print_error(AdaptoryError(message, hint=where), as_json=as_json)
+    print_error(UsageError(message, hint=where), as_json=as_json)
     return getattr(error, "exit_code", 2)
 
 
@@ -106,6 +108,13 @@ def _system(error: OSError, *, as_json: bool) -> int:
     hint = "Make room or allow it there, or set ADAPTORY_HOME to another directory; what was stored before is intact."
     print_error(AdaptoryError(f"{where}: {error.strerror}.", hint=hint), as_json=as_json)
     return 1
+
+
+def _nobody(*, as_json: bool) -> int:
+    """A path such as `~ada/x` where there is no user of that name: pathlib raises a bare RuntimeError."""
+    error = UsageError("A path begins with ~ and the name of a user who is not known.", hint="Write the whole path.")
+    print_error(error, as_json=as_json)
+    return error.exit_code
 
 
 def _crash(error: Exception, *, as_json: bool) -> int:

@@ -24,6 +24,8 @@ class AdaptoryError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None, **context: Any):
+        # what is quoted may end with a full stop of its own
+        message = message[:-1] if message.endswith("..") and not message.endswith("...") else message
         super().__init__(message)
         self.message, self.hint, self.context = message, hint, context
 
@@ -53,6 +55,19 @@ def _by_code(root: type[AdaptoryError]) -> dict[str, type[AdaptoryError]]:
     for child in root.__subclasses__():
         found |= _by_code(child)
     return found
+
+
+class UsageError(AdaptoryError):
+    """A command that cannot be carried out as it was typed. Context: `value`."""
+
+    code = "usage"
+    exit_code = 2
+
+
+class OutputError(AdaptoryError):
+    """What a person asked for cannot be written where it should go. Context: `file`."""
+
+    code = "output_unwritable"
 
 
 class SettingsError(AdaptoryError):
@@ -94,6 +109,13 @@ class AdapterError(AdaptoryError):
     """An adapter that is missing, damaged, empty or does not fit its base. Context: `adapter`, `check`."""
 
     code = "invalid_adapter"
+
+
+class AdapterNotFound(AdapterError):
+    """Nothing, or more than one thing, is published under this name. Context: `adapter`."""
+
+    code = "adapter_not_found"
+    exit_code = 2
 
 
 class StoreError(AdaptoryError):

@@ -23,7 +23,7 @@ from typing import Any
 import fsspec
 from pydantic import BaseModel, Field
 
-from orchestrator.errors import CorruptObject, DiskFull, ObjectMissing, StoreError
+from orchestrator.errors import AdaptoryError, CorruptObject, DiskFull, ObjectMissing, OutputError, StoreError
 
 MANIFEST = "manifest.json"
 
@@ -207,7 +207,11 @@ class Store:
     # objects that others wrote, without a manifest
 
     def download(self, path: str, local: Path) -> None:
-        """Copy one object to `local`, which appears when it is complete; there is no digest to check it against."""
+        """Copy one object to `local`, which appears when it is complete; there is no digest to check it against.
+
+        Raises:
+            OutputError: it cannot be written here.
+        """
         self._download(path, local, None)
 
     def identity(self, path: str) -> str:
@@ -291,8 +295,11 @@ class Store:
         local.parent.mkdir(parents=True, exist_ok=True)
         partial = local.with_name(f".tmp-{uuid.uuid4().hex}")
         try:
-            with self._explained(path):
-                self.fs.get_file(self.full(path), str(partial))
+            try:
+                with self._explained(path):
+                    self.fs.get_file(self.full(path), str(partial))
+            except StoreError as error:
+                raise _at_this_end(error, partial) from error.__cause__
             if sha256 is not None and (found := sha256_file(partial)) != sha256:
                 raise CorruptObject(
                     f"{self.url}/{path} has digest {found[:12]}…, expected {sha256[:12]}…: the bytes were changed.",
@@ -366,6 +373,21 @@ def _hint(error: Exception) -> str:
     if "credentials" in text.lower() or "AccessKey" in text or "Forbidden" in text or number == errno.EACCES:
         return "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy."
     return "Check ADAPTORY_STORE_URL, that the disk or bucket exists, and AWS_ENDPOINT_URL for S3-compatible stores."
+
+
+def _at_this_end(error: StoreError, local: Path) -> AdaptoryError:
+    """What stopped a download: the store, or the disk that it was to be written to."""
+    cause = error.__cause__
+    if not isinstance(cause, OSError):
+        return error
+    named = str(local) in (cause.filename, cause.filename2)
+    if not named and cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # reading meets none of these
+        return error
+    return OutputError(
+        f"{local.parent} cannot be written: {cause.strerror}.",
+        hint="Make room or allow it there, or choose another directory.",
+        file=str(local.parent),
+    )
 
 
 @contextlib.contextmanager

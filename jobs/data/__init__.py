@@ -1,7 +1,8 @@
 """From a data file to tokens with a loss mask: `dataset file → normalise → render → mask → tokens`.
 
 On the machine that submits: `check(spec)` reads every row and raises a `DataError` with file and line, `resolve(spec,
-store=…)` copies local files to the store and names all data by its bytes. On the cluster: `prepare(data, spec, …)` gives
+store=…)` copies local files to the store and names all data by its bytes, `try_rows` tokenises the first rows if the model
+is here. On the cluster: `prepare(data, spec, …)` gives
 tokenised rows, memory-mapped from the node's cache. To look at: `preview(spec, tokenizer=…)`,
 with `load_tokenizer(directory)`.
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from jobs.data.render import load_tokenizer
     from jobs.data.report import DataReport, SplitReport
     from jobs.data.rows import TokenizedRows, Tokens
+    from jobs.data.sampling import try_rows
 
 _HOME = {
     "check": "checking",
@@ -37,6 +39,7 @@ _HOME = {
     "SplitReport": "report",
     "TokenizedRows": "rows",
     "Tokens": "rows",
+    "try_rows": "sampling",
 }
 
 __all__ = [
@@ -52,6 +55,7 @@ __all__ = [
     "prepare",
     "preview",
     "resolve",
+    "try_rows",
 ]
 
 

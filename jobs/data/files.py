@@ -8,9 +8,11 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple
 
+from jobs.data.json_text import BadJson, decode, decode_whole
 from orchestrator.errors import DataError
 
 _CHUNK = 1 << 20  # characters of JSON read at a time
@@ -112,7 +114,9 @@ def _not_utf8(name: str, line: int, error: UnicodeDecodeError) -> DataError:
 def _json_lines(stream: IO[bytes], name: str) -> Iterator[Row]:
     for line, number in _lines(stream, name):
         try:
-            value = json.loads(line)
+            value = decode_whole(line)
+        except BadJson as error:
+            raise _unusable(error, name, number) from error
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{name}:{number}: broken JSON at column {error.colno}: {error.msg}.",
@@ -121,6 +125,10 @@ def _json_lines(stream: IO[bytes], name: str) -> Iterator[Row]:
                 line=number,
             ) from error
         yield _object(value, name, number), Where(name, number)
+
+
+def _unusable(error: BadJson, name: str, line: int) -> DataError:
+    return DataError(f"{name}:{line}: {error.what}.", hint=error.hint, file=name, line=line)
 
 
 def _object(value: Any, name: str, line: int) -> dict[str, Any]:
@@ -194,7 +202,6 @@ class _JsonText:
     def __init__(self, stream: IO[bytes], name: str):
         self._stream, self._name = stream, name
         self._decode_bytes = codecs.getincrementaldecoder("utf-8-sig")()
-        self._decoder = json.JSONDecoder()
         self._text, self._at, self._ended = "", 0, False
         self.line = 1
 
@@ -219,7 +226,9 @@ class _JsonText:
         size = _CHUNK
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._text, self._at)
+                value, end = decode(self._text, self._at)
+            except BadJson as error:
+                raise _unusable(error, self._name, self.line) from error
             except json.JSONDecodeError as error:
                 if self._more(size):
                     size *= 2
@@ -274,11 +283,16 @@ class _JsonText:
 
 def _csv(stream: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Row]:
     csv.field_size_limit(1 << 30)
-    reader = csv.reader(_decoded(stream, name), delimiter=delimiter, strict=True)
+    lines = _decoded(stream, name)
+    first = next(lines, "")
+    # `a, b` is a style: only a file that writes its header so means no space at the beginning of its values
+    spaced = any(part.startswith(" ") for part in first.split(delimiter))
+    reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True, skipinitialspace=spaced)
     try:
-        header = next(reader, None)
-        if header is None:
+        header = [column.strip() for column in next(reader, [])]
+        if not header:
             return
+        _refuse_other_delimiter(header, name, delimiter)
         if "" in header or len(set(header)) < len(header):
             raise DataError(
                 f"{name}:1: the header {header} has an empty or repeated column name.",
@@ -289,7 +303,8 @@ def _csv(stream: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Row]:
         for fields in reader:
             if len(fields) != len(header) and fields:
                 raise DataError(
-                    f"{name}:{reader.line_num}: {len(fields)} fields where the header has {len(header)}.",
+                    f"{name}:{reader.line_num}: {len(fields)} field{'s' if len(fields) > 1 else ''} where the header has "
+                    f"{len(header)}.",
                     hint="Put text that holds commas or line breaks in double quotes.",
                     file=name,
                     line=reader.line_num,
@@ -301,6 +316,17 @@ def _csv(stream: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Row]:
         raise DataError(
             f"{name}:{line}: broken CSV: {error}.", hint="Check the quotes near this line.", file=name, line=line
         ) from error
+
+
+def _refuse_other_delimiter(header: list[str], name: str, delimiter: str) -> None:
+    others = [mark for mark in ";\t|," if mark != delimiter and mark in header[0]]
+    if len(header) == 1 and others:
+        raise DataError(
+            f"{name}:1: the header {header[0]!r:.80} is one column, and looks parted by {others[0]!r}.",
+            hint="A .csv is parted by commas and a .tsv by tabs: save it as one of them.",
+            file=name,
+            line=1,
+        )
 
 
 def _tsv(stream: IO[bytes], name: str) -> Iterator[Row]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.data.files import Row, Where
+from jobs.data.json_text import MOST_LEVELS, BadJson, decode_whole
 from orchestrator.errors import DataError
 
 Message = dict[str, Any]
@@ -25,10 +26,14 @@ class Conversation:
     text: str | None = None
     """Set instead of `messages` for rows of plain text."""
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """What the row says, without its place."""
+        return {"text": self.text} if self.text is not None else {"messages": self.messages, "tools": self.tools}
+
     def digest(self) -> bytes:
         """SHA-256 of the canonical JSON of the row: what the split and the search for duplicates go by."""
-        content = {"text": self.text} if self.text is not None else {"messages": self.messages, "tools": self.tools}
-        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).digest()
+        return hashlib.sha256(json.dumps(self.content, sort_keys=True, separators=(",", ":")).encode()).digest()
 
     def number(self) -> int:
         """The first eight bytes of the digest: what is kept of each row in memory (uint64)."""
@@ -71,23 +76,65 @@ def conversations(rows: Iterable[Row], format: str = "auto") -> Iterator[tuple[C
     """
     named = format != "auto"
     for row, where in rows:
-        row = {key: value for key, value in row.items() if value is not None}  # Parquet fills absent keys with null
-        found = recognise(row, where, None if format == "auto" else format)
+        nulls = {key for key, value in row.items() if value is None}  # Parquet fills absent keys with null
+        row = {key: value for key, value in row.items() if value is not None}
+        found = recognise(row, where, None if format == "auto" else format, nulls)
         if format == "auto":
             format = found
         if found != format:
-            others = "data.format names" if named else "the rows before it are"
-            raise _error(
-                f"mixed formats: this row is {found}, {others} {format}",
-                where,
-                f"Put {found} and {format} rows in separate files and convert one of them.",
-                value=found,
-            )
-        yield _FORMATS[format].convert(row, where), format
+            if named:
+                what, hint = f"this row is {found}, data.format names {format}", f"Set data.format to {found} or auto."
+            else:
+                what = f"mixed formats: this row is {found}, the rows before it are {format}"
+                hint = f"Put {found} and {format} rows in separate files and convert one of them."
+            raise _error(what, where, hint, value=found)
+        conversation = _FORMATS[format].convert(row, where)
+        _require_text(conversation)
+        yield conversation, format
 
 
-def recognise(row: dict[str, Any], where: Where, expected: str | None = None) -> str:
+def _require_text(conversation: Conversation) -> None:
+    """Refuse what JSON or UTF-8 cannot write, and so neither template nor tokenizer: the first such value is named."""
+    try:
+        json.dumps(conversation.content, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        for field, value in _leaves(conversation.content):
+            if isinstance(value, str):
+                if any("\ud800" <= character <= "\udfff" for character in value):
+                    raise _error(
+                        f"{field} holds half of a surrogate pair (an escape like \\ud83d alone), which is no character",
+                        conversation.where,
+                        "Write the row's text again as UTF-8.",
+                        field=field,
+                    ) from error
+            elif not isinstance(value, int | float | None):
+                raise _error(
+                    f"{field} is {value!r:.60}, a {type(value).__name__}, which no chat template can write",
+                    conversation.where,
+                    "Write it as text.",
+                    field=field,
+                ) from error
+        raise _error(f"the row cannot be written as JSON ({error})", conversation.where, "Correct the row.") from error
+
+
+def _leaves(value: Any, field: str = "", levels: int = MOST_LEVELS) -> Iterator[tuple[str, Any]]:
+    """Every name and every value that holds no other, with where it stands."""
+    if isinstance(value, dict) and levels:
+        for name, child in value.items():
+            yield field or "the row", name
+            yield from _leaves(child, f"{field}.{name}" if field else str(name), levels - 1)
+    elif isinstance(value, list) and levels:
+        for number, child in enumerate(value):
+            yield from _leaves(child, f"{field}[{number}]", levels - 1)
+    else:
+        yield field, value
+
+
+def recognise(row: dict[str, Any], where: Where, expected: str | None = None, nulls: Set[str] = frozenset()) -> str:
     """Name of the row's format: `expected` if it has that one's keys, else the first whose keys are all there.
+
+    Args:
+        nulls: keys that the row has without a value.
 
     Raises:
         DataError: the row has no answer, is a preference pair, or has keys that no format has.
@@ -108,6 +155,10 @@ def recognise(row: dict[str, Any], where: Where, expected: str | None = None) ->
     for name in candidates:
         if _FORMATS[name].question in row:
             raise _no_answer(_FORMATS[name].answer, where)
+    for name in candidates:
+        if _FORMATS[name].question in nulls and _FORMATS[name].keys <= row.keys() | nulls:
+            field = _FORMATS[name].question
+            raise _error(f"{field} is null", where, "Fill it in, or delete the row.", field=field)
     wanted = "; ".join(f"{name}: {', '.join(sorted(_FORMATS[name].keys))}" for name in candidates)
     raise _error(
         f"the row's keys ({', '.join(map(str, row)) or 'none'}) are those of no known format",
@@ -156,7 +207,8 @@ def _sharegpt_turn(turn: dict[str, Any], where: Where, field: str) -> Message:
     speaker, value = turn["from"], turn.get("value")
     if speaker == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": [{"function": _json(value, where, f"{field}.value")}]}
-    message = {"role": _SHAREGPT_ROLES.get(speaker, speaker), "content": value}
+    role = _SHAREGPT_ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    message = {"role": role, "content": value}
     return message | ({"weight": turn["weight"]} if "weight" in turn else {})
 
 
@@ -209,23 +261,29 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 def _message(message: Any, where: Where, field: str) -> Message:
     if not isinstance(message, dict):
         raise _error(f"{field} is {message!r:.60}, not a message", where, "Write role and content.", field=field)
-    role = _ROLES.get(message.get("role"))  # type: ignore[arg-type]
+    named = message.get("role")
+    role = _ROLES.get(named) if isinstance(named, str) else None
     if role is None:
         raise _error(
-            f"{field}.role is {message.get('role')!r}",
+            f"{field}.role is {named!r:.60}",
             where,
             f"Roles are {', '.join(_ROLES)}.",
             field=f"{field}.role",
-            value=message.get("role"),
+            value=named,
         )
     out: Message = {"role": role, "content": _content(message.get("content"), where, f"{field}.content")}
     if role == "assistant":
         weight = message.get("weight")
         if weight not in (None, 0, 1):
-            raise _error(f"{field}.weight is {weight!r}", where, "It is 0 or 1.", field=f"{field}.weight", value=weight)
+            raise _error(
+                f"{field}.weight is {weight!r:.60}", where, "It is 0 or 1.", field=f"{field}.weight", value=weight
+            )
         if weight == 0:
             out["weight"] = 0
         if calls := message.get("tool_calls"):
+            if not isinstance(calls, list):
+                place = f"{field}.tool_calls"
+                raise _error(f"{place} is {calls!r:.60}, not a list", where, "Write [{function}, …].", field=place)
             out["tool_calls"] = [_tool_call(c, where, f"{field}.tool_calls[{i}]") for i, c in enumerate(calls)]
         for reasoning in ("reasoning_content", "thinking"):
             if isinstance(message.get(reasoning), str):
@@ -257,14 +315,19 @@ def _tool_call(call: Any, where: Where, field: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise _error(f"{field} names no function", where, 'Write {"function": {"name", "arguments"}}.', field=field)
-    arguments = _json(function.get("arguments") or {}, where, f"{field}.function.arguments")
+    place = f"{field}.function.arguments"
+    arguments = _json(function.get("arguments") or {}, where, place)
+    if not isinstance(arguments, dict):
+        raise _error(f"{place} is {arguments!r:.60}, not an object", where, 'Write {"name": value, …}.', field=place)
     out = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return out | ({"id": call["id"]} if call.get("id") else {})
 
 
 def _tools(row: dict[str, Any], where: Where) -> list[dict[str, Any]] | None:
     tools = _json(row.get("tools") or [], where, "tools")
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    if not isinstance(tools, list) or not all(
+        isinstance(tool, dict) and isinstance(tool.get("function", tool), dict) for tool in tools
+    ):
         raise _error("tools is no list of objects", where, "Write them as in OpenAI's API.", field="tools")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools] or None
 
@@ -273,7 +336,9 @@ def _json(value: Any, where: Where, field: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return decode_whole(value)
+    except BadJson as error:
+        raise _error(f"in {field}, {error.what}", where, error.hint, field=field) from error
     except ValueError as error:
         raise _error(f"{field} is broken JSON ({error})", where, "Correct the row.", field=field) from error
 

@@ -17,7 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from jobs.data.formats import Conversation, Message
 from jobs.data.rows import Tokens
-from orchestrator.errors import AdaptoryError, DataError, ModelError
+from orchestrator.errors import DataError, ModelError
 from orchestrator.modeling import light_transformers
 
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -61,7 +61,7 @@ class Renderer:
         """The examples of each conversation: one, or several where the template rewrites earlier answers.
 
         Raises:
-            DataError: the template refuses a row, or a row cannot be encoded.
+            DataError: the template refuses a row.
             ModelError: there is no chat template, or it cannot say which tokens are the assistant's.
         """
         rendered = [self.render(conversation) for conversation in batch]
@@ -71,11 +71,8 @@ class Renderer:
             owners = [i for i, r in enumerate(rendered) if plain[i] == is_plain for _ in r]
             flat = [one for i, r in enumerate(rendered) if plain[i] == is_plain for one in r]
             encode = self._encode_plain if is_plain else self._encode
-            try:
-                for owner, tokens in zip(owners, encode(flat), strict=True):
-                    encoded[owner].append(tokens)
-            except (TypeError, UnicodeError) as error:  # half of a surrogate pair, which JSON can hold and UTF-8 cannot
-                raise _unencodable(batch, error) from error
+            for owner, tokens in zip(owners, encode(flat), strict=True):
+                encoded[owner].append(tokens)
         return encoded
 
     def render(self, conversation: Conversation) -> list[Rendered]:
@@ -296,18 +293,3 @@ def _refused(conversation: Conversation, error: Exception) -> DataError:
         file=where.file,
         line=where.line,
     )
-
-
-def _unencodable(batch: Sequence[Conversation], error: Exception) -> AdaptoryError:
-    for conversation in batch:
-        where, content = conversation.where, [conversation.text or "", conversation.messages, conversation.tools]
-        try:
-            json.dumps(content, ensure_ascii=False).encode()
-        except UnicodeError:
-            return DataError(
-                f"{where}: the text holds half of a surrogate pair (an escape like \\ud83d alone), which is no character.",
-                hint="Write the row's text again as UTF-8.",
-                file=where.file,
-                line=where.line,
-            )
-    return DataError(f"{batch[0].where}: the rows from here on cannot be encoded: {error}.", file=batch[0].where.file)

@@ -56,6 +56,19 @@ class DataReport(BaseModel):
     unchecked: list[str] = []
     """Remote sources that only the job will read."""
 
+    def warnings(self) -> list[str]:
+        """What is no mistake, and hardly what anybody wants."""
+        found = []
+        for name, part in (("validation", self.validation), ("test", self.test)):
+            if part and part.in_train:
+                found.append(f"{part.in_train:,} {name} rows are training rows too; a score on them says nothing.")
+        if self.validation and 0 < self.train.rows < self.validation.rows:
+            found.append(
+                f"{self.train.rows:,} rows are for training and {self.validation.rows:,} for validation: a smaller "
+                "data.validation leaves more to learn from."
+            )
+        return found
+
 
 def count_rows(format: str, digests: np.ndarray, trained: np.ndarray | None = None) -> SplitReport:
     """Rows, duplicates, and those that are also in `trained` (digests too), before anything is tokenised."""

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import glob
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from orchestrator.errors import CorruptObject, DataError
 from orchestrator.spec.resolved import DataSource, StoredFile
 from orchestrator.store import Store, file_path, sha256_file
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _S3_LIBRARIES = ("botocore", "aiobotocore", "aiohttp")
 _SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 
@@ -35,8 +37,22 @@ def local_files(reference: str, base_dir: Path) -> list[Path]:
     """Files named by a path, a glob, or a directory (everything readable below it), sorted.
 
     Raises:
-        DataError: nothing is there, or a file is of a type that is not read.
+        DataError: nothing is there, it cannot be looked at, or a file is of a type that is not read.
     """
+    if not reference.strip():
+        raise DataError("A path of the data is empty.", hint="Name a file, a directory or a glob.", value=reference)
+    if scheme := _SCHEME.match(reference):
+        raise DataError(
+            f"{reference} cannot be read: {scheme[0]} is none of the places that data comes from.",
+            hint="These are read: a path or glob, s3://BUCKET/KEY, hf:NAME and example:NAME/SPLIT. Download it, or copy it "
+            "there.",
+            file=reference,
+        )
+    with _explained(reference):
+        return _local_files(reference, base_dir)
+
+
+def _local_files(reference: str, base_dir: Path) -> list[Path]:
     path = base_dir / Path(reference).expanduser()
     if path.is_dir():
         hidden = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
@@ -67,9 +83,11 @@ def local_files(reference: str, base_dir: Path) -> list[Path]:
 
 
 def _no_such_file(reference: str, path: Path) -> DataError:
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    siblings = [p.name for p in path.parent.iterdir() if p.name != path.name] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, siblings, n=1)
-    if near:
+    if path.is_symlink():
+        hint = f"It is a link to {path.readlink()}, which leads to no file."
+    elif near:
         hint = f"Did you mean {Path(reference).with_name(near[0])}?"
     elif not path.parent.is_dir():
         hint = f"There is no directory {path.parent}."

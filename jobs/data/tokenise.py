@@ -124,57 +124,22 @@ class Tokeniser:
                 rows = [conversation.with_system(self._spec.system) for conversation, _ in batch]
                 learnable: list[tuple[Tokens, int]] = []
                 for (row, _), examples in zip(batch, self._renderer.tokens(rows), strict=True):
-                    fitting = self._fitting(row, examples)
+                    usable = fitting(row, examples, self._spec, self._max_length)
                     digests.append(row.number())
-                    dropped.append(len(examples) - len(fitting))
-                    truncated.append(sum(was_cut for _, was_cut in fitting))
-                    kept.append(bool(fitting))
+                    dropped.append(len(examples) - len(usable))
+                    truncated.append(sum(was_cut for _, was_cut in usable))
+                    kept.append(bool(usable))
                     longest = max(longest, *(len(tokens.ids) for tokens in examples))
-                    learnable += [(tokens, digests[-1]) for tokens, _ in fitting]
+                    learnable += [(tokens, digests[-1]) for tokens, _ in usable]
                 writer.add(learnable)
         if not any(kept):
-            raise self._nothing_left(", ".join(map(source_name, sources)), longest)
+            raise nothing_left(", ".join(map(source_name, sources)), longest, self._spec, self._max_length)
         return _Tokenised(
             format,
             np.array(digests, np.uint64),
             np.array(dropped, np.int32),
             np.array(truncated, np.int32),
             np.array(kept, bool),
-        )
-
-    def _fitting(self, row: Conversation, examples: list[Tokens]) -> list[tuple[Tokens, bool]]:
-        """The row's examples as they are trained on, with whether each was cut; one that teaches nothing is left out."""
-        out = []
-        for tokens in (example.without_tail() for example in examples):
-            too_long = len(tokens.ids) > self._max_length
-            if too_long and self._spec.too_long == "error":
-                raise DataError(
-                    f"{row.where}: the row has {len(tokens.ids)} tokens, more than max_length {self._max_length}.",
-                    hint="Raise train.max_length, or set data.too_long to drop or truncate.",
-                    file=row.where.file,
-                    line=row.where.line,
-                    value=len(tokens.ids),
-                )
-            if too_long and self._spec.too_long == "drop":
-                continue
-            tokens = tokens.truncated(self._max_length) if too_long else tokens
-            if tokens.labelled:
-                out.append((tokens, too_long))
-        return out
-
-    def _nothing_left(self, names: str, longest: int) -> DataError:
-        if longest > self._max_length and self._spec.too_long == "drop":
-            return DataError(
-                f"Every row of {names} is longer than max_length {self._max_length} tokens (the longest has {longest}).",
-                hint="Raise train.max_length, or set data.too_long: truncate.",
-                file=names,
-                value=longest,
-            )
-        return DataError(
-            f"All tokens of {names} are masked: within the first {self._max_length} tokens no row has one that the "
-            "assistant says.",
-            hint="Look at `adaptory data preview`; raise train.max_length if the answers come later.",
-            file=names,
         )
 
     def _write_test(self, sources: list[DataSource], path: Path, trained: np.ndarray) -> SplitReport | None:
@@ -187,6 +152,48 @@ class Tokeniser:
                     messages, answer = row.with_system(self._spec.system).question_and_answer()
                     out.write(json.dumps({"messages": messages, "tools": row.tools, "answer": answer}) + "\n")
         return count_rows(format, np.array(digests, np.uint64), trained) if sources else None
+
+
+def fitting(row: Conversation, examples: list[Tokens], spec: DataSpec, max_length: int) -> list[tuple[Tokens, bool]]:
+    """The row's examples as they are trained on, with whether each was cut; one that teaches nothing is left out.
+
+    Raises:
+        DataError: one is too long, and `data.too_long` is `error`.
+    """
+    out = []
+    for tokens in (example.without_tail() for example in examples):
+        too_long = len(tokens.ids) > max_length
+        if too_long and spec.too_long == "error":
+            raise DataError(
+                f"{row.where}: the row has {len(tokens.ids)} tokens, more than max_length {max_length}.",
+                hint="Raise train.max_length, or set data.too_long to drop or truncate.",
+                file=row.where.file,
+                line=row.where.line,
+                value=len(tokens.ids),
+            )
+        if too_long and spec.too_long == "drop":
+            continue
+        tokens = tokens.truncated(max_length) if too_long else tokens
+        if tokens.labelled:
+            out.append((tokens, too_long))
+    return out
+
+
+def nothing_left(names: str, longest: int, spec: DataSpec, max_length: int) -> DataError:
+    """Why no row can be trained on."""
+    if longest > max_length and spec.too_long == "drop":
+        return DataError(
+            f"Every row of {names} is longer than max_length {max_length} tokens (the longest has {longest}).",
+            hint="Raise train.max_length, or set data.too_long: truncate.",
+            file=names,
+            value=longest,
+        )
+    return DataError(
+        f"All tokens of {names} are masked: within the first {max_length} tokens no row has one that the "
+        "assistant says.",
+        hint="Look at `adaptory data preview`; raise train.max_length if the answers come later.",
+        file=names,
+    )
 
 
 def _split(train: _Tokenised, partial: Path, fraction: float) -> tuple[SplitReport, SplitReport | None]:

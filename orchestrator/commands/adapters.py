@@ -9,13 +9,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.commands.backend import Backend
-from orchestrator.commands.output import Json, console, fields, moment, number, print_json, say, short_moment, table
+from orchestrator.commands.output import (
+    Json,
+    console,
+    fields,
+    listing,
+    moment,
+    number,
+    print_json,
+    say,
+    short_moment,
+    table,
+)
 
 if TYPE_CHECKING:
     from orchestrator.registry.adapters import AdapterSummary
     from orchestrator.registry.provenance import Provenance
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True, epilog="Example: adaptory adapters list")
 
 Reference = Annotated[
     str, typer.Argument(metavar="ADAPTER", help="A run's name or id, or a digest or its first six or more digits.")
@@ -41,22 +52,14 @@ def list_(
     if not found:
         say("There are no adapters. Train one: adaptory run jobs/examples/finance-entities.yaml --follow")
         return
-    result = table(
-        "adapter",
-        "run",
-        "base model",
-        "tuning",
-        "size",
-        "quality",
-        "created",
-        right=("size",),
-        whole=("adapter", "size", "created"),
-    )
+    rows = []
     for summary in found:
         owner = "" if summary.tenant == "default" else f"{summary.tenant}/"
         cells = [_short(summary.digest), owner + summary.name, summary.base_model, _tuning(summary)]
-        result.add_row(*cells, _bytes(summary.size), _quality(summary), short_moment(summary.created_at))
-    console().print(result)
+        rows.append([*cells, _bytes(summary.size), _quality(summary), short_moment(summary.created_at)])
+    out, columns = console(), ("adapter", "run", "base model", "tuning", "size", "quality", "created")
+    narrow, drop = ("base model", "tuning", "quality"), ("size", "tuning", "base model", "created", "quality")
+    out.print(listing(columns, rows, width=out.width, right=("size",), narrow=narrow, drop=drop))
 
 
 @app.command("show", epilog="Example: adaptory adapters show finance-entities")

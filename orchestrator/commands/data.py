@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from jobs.data import DataReport, PreviewRow, SplitReport
     from orchestrator.spec.job import DataSpec
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True, epilog="Example: adaptory data check data/train.jsonl")
 
 Subject = Annotated[
     str,
@@ -64,8 +64,11 @@ def _data_spec(subject: str) -> tuple[DataSpec, str | None]:
 
         spec = load_spec(subject)
         return spec.data, spec.base_model
+    from orchestrator.errors import DataError
     from orchestrator.spec.job import DataSpec
 
+    if not subject:
+        raise DataError("The name of the data is empty.", hint="Name a file, a directory, a glob or a job spec.")
     return DataSpec(train=subject, validation=0.0), None
 
 
@@ -90,6 +93,8 @@ def _show(report: DataReport) -> None:
     out.print(counts)
     if report.unchecked:
         out.print(f"Not read here, only by the job: {', '.join(report.unchecked)}")
+    for warning in report.warnings():
+        say(f"Warning: {warning}")
     out.print("Every row can be used. See it as the model will: adaptory data preview")
 
 

@@ -57,12 +57,16 @@ class Progress:
     def figures(self) -> str:
         """`loss 0.412 · validation 0.388 · 212 tokens/s · 1 min 20 s left`, of what is known."""
         parts = [
-            f"loss {self.loss:.4f}" if self.loss is not None else "",
-            f"validation {self.validation_loss:.4f}" if self.validation_loss is not None else "",
-            f"{number(round(self.tokens_per_second))} tokens/s" if self.tokens_per_second is not None else "",
+            f"loss {_loss(self.loss)}" if self.loss is not None else "",
+            f"validation {_loss(self.validation_loss)}" if self.validation_loss is not None else "",
+            f"{self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second is not None else "",
             f"{duration(self.seconds_left)} left" if self.seconds_left is not None else "",
         ]
         return " · ".join(part for part in parts if part)
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e6 else number(value)
 
 
 def line(event: Event) -> str:
@@ -72,7 +76,7 @@ def line(event: Event) -> str:
         left = {name: value for name, value in data.items() if name not in ("step", "total_steps", "seconds_left")}
         of = f"/{data['total_steps']}" if data.get("total_steps") else ""
         figures = ", ".join(f"{name} {number(value)}" for name, value in left.items() if value is not None)
-        return f"step {data.get('step', '?')}{of}: {figures}"
+        return ": ".join(filter(None, (f"step {data.get('step', '?')}{of}", figures)))
     if event.type == "progress":
         of = f"/{number(data['total'])}" if data.get("total") else ""
         return f"{data.get('phase', '')} {number(data.get('done', 0))}{of}"
@@ -144,7 +148,9 @@ def _plain(events: Iterable[Event | None], out: Console) -> None:
             or state.done == state.total
         ):
             of = f"/{state.total_steps}" if state.total_steps else ""
-            out.print(f"{_clock(event)} step {state.step}{of} · {state.figures()}", soft_wrap=True)
+            out.print(
+                " · ".join(filter(None, (f"{_clock(event)} step {state.step}{of}", state.figures()))), soft_wrap=True
+            )
             said_at = event.created_at
 
 
@@ -195,7 +201,7 @@ def show_end(run: Run) -> None:
             ]
         out.print(fields([*rows, ("curves", f"adaptory runs plot {run.name}")]))
     else:
-        out.print(f"Run {run.name} is {run.state.value}. `adaptory runs resume {run.name}` continues it.")
+        out.print(f"Run {run.name} {run.state.words}. `adaptory runs resume {run.name}` continues it.")
 
 
 def failure(run: Run) -> AdaptoryError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import time
@@ -72,6 +73,50 @@ def table(*columns: str, title: str | None = None, right: Sequence[str] = (), wh
     return result
 
 
+def listing(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    *,
+    width: int,
+    right: Sequence[str] = (),
+    narrow: Sequence[str] = (),
+    drop: Sequence[str] = (),
+) -> Table:
+    """A table that keeps what it is about in a narrow terminal: its columns are whole, those in `narrow` are broken over
+    lines where they must be, and while that is not enough, those in `drop` are left out, the first one first.
+
+    Args:
+        width: columns of the terminal.
+        drop: in the order in which they are missed least.
+    """
+    lines = [
+        [[column], *(str(row[place]).splitlines() or [""] for row in rows)] for place, column in enumerate(columns)
+    ]
+    needs = {
+        column: max(len(line) for cell in cells for line in cell) for column, cells in zip(columns, lines, strict=True)
+    }
+    needs |= {column: min(needs[column], _NARROWEST) for column in narrow}
+    kept = list(columns)
+    for column in drop:
+        if _width([needs[name] for name in kept]) <= width:
+            break
+        kept.remove(column)
+    fits = _width([needs[name] for name in kept]) <= width
+    result = table(*kept, right=right, whole=[name for name in kept if fits and name not in narrow])
+    for row in rows:
+        result.add_row(*(cell for column, cell in zip(columns, row, strict=True) if column in kept))
+    return result
+
+
+_NARROWEST = 16
+"""Characters of a column that is broken over lines."""
+
+
+def _width(columns: list[int]) -> int:
+    """Of a table of ours with these columns: three characters between two, one at each side."""
+    return sum(columns) + 3 * (len(columns) - 1) + 2
+
+
 def fields(pairs: Sequence[tuple[str, Any]], *, title: str | None = None) -> Table:
     """Names and values, one pair a row; pairs without a value are left out."""
     from rich.table import Table
@@ -109,11 +154,17 @@ def short_moment(timestamp: float | None) -> str:
 
 def number(value: Any) -> str:
     """A figure as people read it: four digits that matter, thousands parted."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return str(value)
-    if value == int(value) and abs(value) < 1e15:
+    if abs(value) >= _LARGE:
+        return f"{value:.4g}"
+    if value == int(value):
         return f"{int(value):,}"
     return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+_LARGE = 1e15
+"""From here on a figure is written with its power of ten."""
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A run's curves: training and validation loss and learning rate, as a PNG and drawn in the terminal."""
+"""A run's curves: training and validation loss and learning rate, as a picture and drawn in the terminal."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.errors import AdaptoryError
+from orchestrator.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from orchestrator.runs.events import Event
 
+_PICTURES = (".png", ".svg", ".pdf")
 _SERIES = ("loss", "validation_loss", "learning_rate")
 
 
@@ -43,20 +44,33 @@ class Curves:
         return curves
 
 
+def require_format(out: Path) -> None:
+    """
+    Raises:
+        UsageError: the name does not end as a picture that can be drawn.
+    """
+    if out.suffix.lower() not in _PICTURES and not out.is_dir():
+        raise UsageError(
+            f"--out {out}: {out.suffix or 'a name without a suffix'} is no kind of picture that is drawn.",
+            hint=f"Let it end in {', '.join(_PICTURES)}, such as {out.with_suffix('.png')}.",
+            value=str(out),
+        )
+
+
 def save(curves: Curves, title: str, out: Path) -> None:
-    """`write_png`, with what the file system says put in words.
+    """`write_picture`, with what the file system says put in words.
 
     Raises:
-        AdaptoryError: the file cannot be written.
+        OutputError: the file cannot be written.
     """
     try:
-        write_png(curves, title, out)
+        write_picture(curves, title, out)
     except OSError as error:
         hint = "Name another file with --out."
-        raise AdaptoryError(f"{out} cannot be written: {error.strerror}.", hint=hint, file=str(out)) from error
+        raise OutputError(f"{out} cannot be written: {error.strerror}.", hint=hint, file=str(out)) from error
 
 
-def write_png(curves: Curves, title: str, out: Path) -> None:
+def write_picture(curves: Curves, title: str, out: Path) -> None:
     """Loss above, learning rate below, over the same steps. Drawn without pyplot: no display, no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -77,7 +91,7 @@ def write_png(curves: Curves, title: str, out: Path) -> None:
     rates.grid(alpha=0.3)
     rates.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120, format="png")
+    figure.savefig(out, dpi=120, format=out.suffix[1:].lower() or "png")
 
 
 def draw(curves: Curves, *, width: int, height: int = 16, colour: bool = True) -> str:

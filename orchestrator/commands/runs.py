@@ -13,7 +13,7 @@ from orchestrator.commands.output import Json, console, print_json, print_json_l
 if TYPE_CHECKING:
     from orchestrator.runs.run import Run
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True, epilog="Example: adaptory runs list --state running")
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name or id of the run.", autocompletion=complete_run)]
 Follow = Annotated[bool, typer.Option("--follow/--detach", "-f", help="Watch it; Ctrl-C leaves it running.")]
@@ -43,7 +43,7 @@ def run(
     backend = Backend()
     job = submitting.load(spec, overrides or [], name, backend.settings)
     if dry_run:
-        plan = submitting.plan(job, backend.settings)
+        plan = submitting.plan(job, backend)
         print_json(plan) if as_json else submitting.show(plan)
         return
     started = submitting.submit(job, backend)
@@ -57,7 +57,7 @@ def _after_start(backend: Backend, run: Run, *, follow: bool, as_json: bool) -> 
         print_json(_summary(run))
     else:
         out = console()
-        out.print(f"Run {run.name} ({run.id}) is {run.state.value}. It goes on without this terminal.")
+        out.print(f"Run {run.name} ({run.id}) {run.state.words}. It goes on without this terminal.")
         out.print(f"  adaptory runs events {run.name} --follow    watch it")
         out.print(f"  adaptory runs show {run.name}               where it is")
         out.print(f"  adaptory runs cancel {run.name}             stop it")
@@ -170,21 +170,25 @@ def events(
 @app.command(epilog="Example: adaptory runs plot finance-entities --out curves.png")
 def plot(
     name: Name,
-    out: Annotated[Path | None, typer.Option(help="PNG file; default NAME.png in this directory.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write: .png, .svg or .pdf; default NAME.png in this directory.")
+    ] = None,
     terminal: Annotated[bool, typer.Option("--terminal/--no-terminal", help="Also draw in the terminal.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Plot training and validation loss and learning rate: a PNG, and a drawing in the terminal."""
+    """Plot training and validation loss and learning rate: a picture, and a drawing in the terminal."""
     from orchestrator.commands import plot as curves_of
     from orchestrator.errors import RunError
     from orchestrator.runs.repository import list_events
 
+    if out is not None:
+        curves_of.require_format(out)
     backend = Backend()
     run = backend.run(name)
     curves = curves_of.Curves.of(list_events(backend.db, run.id))
     if not curves:
         hint = f"`adaptory runs events {run.name}` says how far it came."
-        raise RunError(f"Run {run.name} is {run.state.value} and has reported no loss yet.", hint=hint, run=run.id)
+        raise RunError(f"Run {run.name} {run.state.words} and has reported no loss yet.", hint=hint, run=run.id)
     target = out or Path(f"{run.name}.png")
     curves_of.save(curves, run.name, target)
     if as_json:
@@ -201,12 +205,12 @@ def plot(
 
 @app.command(epilog="Example: adaptory runs cancel finance-entities")
 def cancel(name: Name, as_json: Json = False) -> None:
-    """Stop a run for good and free what it held. Its checkpoints stay, so that it can be resumed."""
+    """Stop a run for good and free what it held. Checkpoints that it has stay, and `runs resume` goes on from them."""
     from orchestrator.runs.submission import cancel as stop
 
     backend = Backend()
     run = stop(backend.run(name), **_parts(backend), jobs=backend.jobs_if_running, say=say)
-    _said(run, as_json, f"Run {run.name} is {run.state.value}.")
+    _said(run, as_json, f"Run {run.name} {run.state.words}.")
 
 
 @app.command(epilog="Example: adaptory runs pause finance-entities")
@@ -216,12 +220,13 @@ def pause(name: Name, as_json: Json = False) -> None:
 
     backend = Backend()
     run = halt(backend.run(name), **_parts(backend), jobs=backend.jobs_if_running, say=say)
-    _said(run, as_json, f"Run {run.name} is {run.state.value}. `adaptory runs resume {run.name}` continues it.")
+    again = f" `adaptory runs resume {run.name}` continues it." if run.state == "paused" else ""
+    _said(run, as_json, f"Run {run.name} {run.state.words}.{again}")
 
 
 @app.command(epilog="Example: adaptory runs resume finance-entities --follow")
 def resume(name: Name, follow: Follow = False, as_json: Json = False) -> None:
-    """Continue a paused, failed or cancelled run from its last checkpoint."""
+    """Continue a paused, failed or cancelled run from its last checkpoint; without one it begins again."""
     from orchestrator.runs.submission import resume as again
 
     backend = Backend()

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.commands.output import Json, print_json, say
+from orchestrator.errors import OutputError
 
 
 def register(app: typer.Typer) -> None:
@@ -25,5 +26,10 @@ def schema(
         return
     import json
 
-    out.write_text(json.dumps(json_schema(), indent=2) + "\n")
+    try:
+        out.write_text(json.dumps(json_schema(), indent=2) + "\n")
+    except OSError as error:
+        raise OutputError(
+            f"--out {out} cannot be written: {error.strerror}.", hint="Name another file.", file=str(out)
+        ) from error
     say(f"Wrote {out}. In an editor: put `# yaml-language-server: $schema={out}` on a spec's first line.")

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.commands.following import Progress, before_after, line
-from orchestrator.commands.output import console, duration, fields, moment, number, short_moment, table
-from orchestrator.errors import RunError
+from orchestrator.commands.output import console, duration, fields, listing, moment, number, say, short_moment, table
+from orchestrator.errors import UsageError
 from orchestrator.runs.states import RunState
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ def state(word: str) -> RunState:
     """The state that a person typed.
 
     Raises:
-        RunError: there is no such state.
+        UsageError: there is no such state.
     """
     try:
         return RunState(word.lower())
     except ValueError as error:
         hint = f"States are {', '.join(known.value for known in RunState)}."
-        raise RunError(f"{word!r} is no state of a run.", hint=hint, value=word) from error
+        raise UsageError(f"{word!r} is no state of a run.", hint=hint, value=word) from error
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -58,16 +58,16 @@ def details(run: Run, attempts: Sequence[Attempt], events: Sequence[Event]) -> d
 def show_list(runs: Sequence[Run]) -> None:
     out = console()
     if not runs:
-        out.print("There are no runs. Start one: adaptory run jobs/examples/finance-entities.yaml --follow")
+        say("There are no runs. Start one: adaptory run jobs/examples/finance-entities.yaml --follow")
         return
     tenants = len({run.tenant for run in runs}) > 1
-    columns = ["name", "state", "base model", "created", "took", "adapter"]
-    result = table(*(["tenant"] if tenants else []), *columns, right=("took",), whole=("state", *columns[3:]))
+    columns = [*(["tenant"] if tenants else []), "name", "state", "base model", "created", "took", "adapter"]
+    rows = []
     for run in runs:
         cells = [run.name, _state(run), str(run.spec.get("base_model")), short_moment(run.created_at)]
-        cells += [duration(_seconds(run)), short(run.adapter)]
-        result.add_row(*([run.tenant] if tenants else []), *cells)
-    out.print(result)
+        rows.append([*([run.tenant] if tenants else []), *cells, duration(_seconds(run)), short(run.adapter)])
+    drop = ("took", "base model", "created", "adapter")
+    out.print(listing(columns, rows, width=out.width, right=("took",), narrow=("base model",), drop=drop))
 
 
 def show_run(run: Run, attempts: Sequence[Attempt], events: Sequence[Event]) -> None:
@@ -122,7 +122,7 @@ def event_text(event: Event) -> str:
 def log_lines(backend: Backend, run: Run, attempt: int | None, *, follow: bool) -> Iterator[LogLine]:
     """What the run's processes logged; with `follow`, until it is settled. A job that died before it could log at all
     left its words with Ray."""
-    from orchestrator.runs.logs import LogLine, read_logs
+    from orchestrator.runs.logs import printed_lines, read_logs
     from orchestrator.runs.repository import get_run
 
     seen: set[str] = set()
@@ -136,8 +136,7 @@ def log_lines(backend: Backend, run: Run, attempt: int | None, *, follow: bool) 
         run = get_run(backend.db, run.id)
     if not seen and backend.jobs_if_running is not None:
         submission = f"{run.id}-a{attempt or run.attempt}"
-        for text in backend.jobs_if_running.logs(submission).splitlines():
-            yield LogLine(time=run.started_at or run.created_at, writer="ray", level="info", message=text)
+        yield from printed_lines(backend.jobs_if_running.logs(submission), since=run.started_at or run.created_at)
 
 
 def log_text(entry: LogLine) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.commands.output import console, fields, number, say, table
+from orchestrator.errors import ClusterError
 
 if TYPE_CHECKING:
     from jobs.data import DataReport
@@ -37,7 +39,10 @@ def submit(spec: JobSpec, backend: Backend) -> Run:
     from orchestrator.runs import submission
 
     submission.refuse_early(spec, store=backend.store, db=backend.db)
-    say_data(_check(spec, backend.settings))
+    checked = _check(spec, backend.settings)
+    say_data(checked.data)
+    for note in checked.notes:
+        say(note)
     preflight(backend.jobs, backend.settings, spec)  # type: ignore[arg-type]
     return submission.submit(
         spec,
@@ -50,27 +55,42 @@ def submit(spec: JobSpec, backend: Backend) -> Run:
     )
 
 
-def _check(spec: JobSpec, settings: Settings) -> DataReport:
-    """The user's mistakes that need no cluster, so that they cost a second and not a start of Ray. Returns the data report."""
-    from jobs.data import check
+@dataclass(frozen=True)
+class _Checked:
+    data: DataReport
+    notes: list[str]
+    """Sentences for the person: what is doubtful, and what could not be looked at."""
+
+
+def _check(spec: JobSpec, settings: Settings) -> _Checked:
+    """The user's mistakes that need no cluster, so that they cost seconds and not a start of Ray."""
+    from jobs.data import check, try_rows
     from orchestrator.modeling.base_model import inspect
     from orchestrator.modeling.preflight import check_job
 
-    check_job(spec, inspect(spec.base_model, cache=settings.cache))
-    return check(spec.data, Path.cwd())
+    model = inspect(spec.base_model, cache=settings.cache)
+    check_job(spec, model)
+    report = check(spec.data, Path.cwd())
+    warnings, notes = report.warnings(), []
+    if model.path is not None and model.tokenizer:
+        length = spec.train.max_length
+        warnings += try_rows(spec.data, model.path, max_length=length, base_dir=Path.cwd(), cache=settings.cache)
+    elif model.path is None:
+        seen = "will convert the base model" if model.source == "gguf" else "will fetch the base model"
+        notes.append(
+            f"Note: only the job {seen} {spec.base_model}, and see whether it is complete and fits this spec and its data."
+        )
+    return _Checked(report, [f"Warning: {warning}" for warning in warnings] + notes)
 
 
 def say_data(report: DataReport) -> None:
-    """What the data was taken for, and what makes a score on it worthless."""
+    """What the data was taken for."""
     counted = {"train": report.train, "validation": report.validation, "test": report.test}
     parts = [f"{number(part.rows)} {name}" for name, part in counted.items() if part and part.rows]
     if parts:
         say(f"Data: format {report.format}; rows: {', '.join(parts)}.")
     for source in report.unchecked:
         say(f"Data: only the job will read {source}.")
-    for name, part in counted.items():
-        if part and part.in_train:
-            say(f"Warning: {number(part.in_train)} {name} rows are training rows too; a score on them says nothing.")
 
 
 def _resolve_data(spec: DataSpec, *, store: Store) -> ResolvedData:
@@ -104,12 +124,35 @@ def _unsaved(url: str) -> Store:
     return Unsaved(url)
 
 
-def plan(spec: JobSpec, settings: Settings) -> dict[str, Any]:
+def _compare(spec: JobSpec, settings: Settings) -> str:
+    """Refuse what a cluster that is up already could never run; else a note of what was not compared, or nothing.
+
+    Raises:
+        InsufficientResources: the job can never fit.
+    """
+    import cluster
+    from cluster.probe import known_resources
+    from cluster.resources import fit
+
+    try:
+        client = cluster.connect_if_running(settings)
+        known = known_resources(client, settings) if client else None
+    except ClusterError as error:
+        return f"Note: what the spec asks for was not compared with the cluster. {error.message}"
+    if known is None:
+        return "" if client is None else "Note: what the cluster has is asked when a run is submitted."
+    fit(spec.resources, known)
+    return ""
+
+
+def plan(spec: JobSpec, backend: Backend) -> dict[str, Any]:
     """What `run` would do, written to `ADAPTORY_HOME/dry-runs/<name>/` and returned; nothing is uploaded or started."""
     from orchestrator import store as paths
     from orchestrator.runs.submission import resolve
 
-    report = _check(spec, settings)
+    settings = backend.settings
+    checked = _check(spec, settings)
+    report, notes = checked.data, [*checked.notes, *filter(None, [_compare(spec, settings)])]
     resolved = resolve(spec, run=None, store=_unsaved(settings.store), resolve_data=_resolve_data)
     rows = report.train.rows or None  # none: the data is where only the job reads it
     planned = {
@@ -135,8 +178,10 @@ def plan(spec: JobSpec, settings: Settings) -> dict[str, Any]:
         "resolved": resolved.model_dump(mode="json"),
         "data": report.model_dump(mode="json"),
         "plan": planned,
+        "notes": notes,
     }
-    (directory / "plan.json").write_text(json.dumps({"data": whole["data"], "plan": planned}, indent=2) + "\n")
+    kept = {name: whole[name] for name in ("data", "plan", "notes")}
+    (directory / "plan.json").write_text(json.dumps(kept, indent=2) + "\n")
     return whole
 
 
@@ -168,9 +213,8 @@ def show(whole: dict[str, Any]) -> None:
         *((f"  {name}", path) for name, path in planned["writes"].items()),
     ]
     out.print(fields(pairs, title="Plan"))
-    for name in ("validation", "test"):
-        if (part := data.get(name)) and part["in_train"]:
-            say(f"Warning: {number(part['in_train'])} {name} rows are training rows too; a score on them says nothing.")
+    for note in whole["notes"]:
+        say(note)
     say(f"Nothing was started. The resolved spec is in {whole['directory']}/spec.json.")
 
 

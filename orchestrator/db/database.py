@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ HEAD = "0001"
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_SECONDS = 15.0
+_LITTLE_BYTES = 1 << 20
 _MIGRATION_LOCK = 0x61646170  # any constant of our own, for PostgreSQL's advisory lock
 
 
@@ -158,12 +160,22 @@ def _revision(connection: Connection) -> str | None:
     return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
 
 
+def _room(where: str) -> int:
+    """Free bytes on the disk of a SQLite file; as many as anybody could want where that cannot be asked."""
+    try:
+        return shutil.disk_usage(Path(make_url(where).database or "").parent).free
+    except OSError:
+        return 1 << 62
+
+
 def _typed(error: DBAPIError, where: str) -> DatabaseError:
     said = (str(error.orig or error).strip() or type(error).__name__).splitlines()[0]
     if "locked" in said:
         hint = "Another process holds it for long: wait, or look for one that hangs."
-    elif "full" in said:
-        hint = "The disk is full: free some space and repeat; nothing half-written is kept."
+    elif "full" in said or "disk I/O error" in said:  # a full disk is an I/O error where SQLite maps its shared memory
+        full = "full" in said or _room(where) < _LITTLE_BYTES
+        state = "is full: free some space" if full else "fails: look at its state (dmesg, quotas)"
+        hint = f"The disk that holds it {state} and repeat; nothing half-written is kept."
     elif "readonly" in said or "unable to open" in said:
         hint = "Give this user write access, or point ADAPTORY_HOME or ADAPTORY_DATABASE_URL elsewhere."
     else:

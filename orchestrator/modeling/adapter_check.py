@@ -20,7 +20,11 @@ CONV1D_TYPES = frozenset({"gpt2", "openai-gpt"})
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "position_embeddings")
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
-Check = Literal["names", "shape", "finite", "effect"]
+_LARGEST_UPDATE = 40.0
+"""Root mean square of scale · B · A. The matrices of SmolLM2-135M have 0.05 to 0.40, and an update is a part of that: one of
+a hundred times the largest says nothing of the base any more."""
+
+Check = Literal["names", "shape", "finite", "magnitude", "effect"]
 
 
 class Problem(NamedTuple):
@@ -51,6 +55,7 @@ _HINTS: dict[Check, str] = {
     "names": "Check that it was trained on this base model.",
     "shape": "Check that it was trained on this base model, and that no worker's part was saved alone.",
     "finite": "Training diverged: lower train.learning_rate, and start from the last good checkpoint.",
+    "magnitude": "Training diverged: lower train.learning_rate, and set train.max_grad_norm.",
     "effect": "It would answer exactly as the base does: check the learning rate and the number of steps.",
 }
 
@@ -108,6 +113,7 @@ def _problems(
         yield from _shape_problems(module, pair["A"].shape, pair["B"].shape, config.rank_of(module), linears)
     yield from _target_problems(config, set(pairs))
     yield from _number_problems(pairs)
+    yield from _magnitude_problems(config, pairs)
 
 
 def _shape_problems(
@@ -160,6 +166,32 @@ def _number_problems(pairs: dict[str, dict[str, RawTensor]]) -> Iterator[Problem
         effect = effect or (len(pair) == 2 and all(_any_nonzero(tensor) for tensor in pair.values()))
     if not effect:
         yield Problem("effect", "it changes nothing: in every module A or B is zero")
+
+
+def _magnitude_problems(config: AdapterConfig, pairs: dict[str, dict[str, RawTensor]]) -> Iterator[Problem]:
+    for module, pair in pairs.items():
+        size = _update_size(pair, config.scale_of(module))
+        if size is not None and size > _LARGEST_UPDATE:
+            yield Problem(
+                "magnitude",
+                f"the update of {module} has a root mean square of {size:.3g}, above {_LARGEST_UPDATE:g}: a hundred times "
+                "that of trained weights",
+            )
+
+
+def _update_size(pair: dict[str, RawTensor], scale: float) -> float | None:
+    """Root mean square of scale · B · A, by ||BA||² = tr(BᵀB · AAᵀ), so that no full matrix is made; None if `pair` is
+    none, or its numbers are not finite."""
+    numbers = {side: _numbers(tensor) for side, tensor in pair.items()}
+    a, b = numbers.get("A"), numbers.get("B")
+    if a is None or b is None or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return None
+    shapes = pair["A"].shape, pair["B"].shape
+    if any(len(shape) != 2 or 0 in shape for shape in shapes) or shapes[0][0] != shapes[1][1]:
+        return None
+    a, b = (values.astype(np.float64).reshape(shape) for values, shape in zip((a, b), shapes, strict=True))
+    squares = float(np.sum((b.T @ b) * (a @ a.T)))
+    return float(abs(scale) * np.sqrt(max(0.0, squares) / (a.shape[1] * b.shape[0])))
 
 
 def _numbers(tensor: RawTensor) -> np.ndarray | None:

@@ -26,6 +26,7 @@ from orchestrator.modeling.model_files import (
     check_config,
     check_directory,
     has_chat_template,
+    has_tokenizer,
     read_config,
     refuse_pickles,
     remember,
@@ -84,6 +85,8 @@ class BaseModelInfo:
     """`config.json`, if so."""
     chat_template: bool | None
     """Whether it has one; None: not known yet."""
+    tokenizer: bool = False
+    """Whether it has one here."""
 
 
 def materialize(
@@ -165,7 +168,7 @@ def inspect(reference: str, cache: Path) -> BaseModelInfo:
     check_config(config, reference)
     if source != "hub":  # the hub's client finishes an interrupted download by itself
         weight_files(path, reference)
-    return BaseModelInfo(reference, target, source, path, config, has_chat_template(path))
+    return BaseModelInfo(reference, target, source, path, config, has_chat_template(path), has_tokenizer(path))
 
 
 def publish_base(store: Store, base: BaseModel) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import shutil
+import struct
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,16 +17,19 @@ from orchestrator.errors import AdaptoryError, ModelError
 from orchestrator.modeling.model_files import check_directory, sha256_of
 
 _MAGIC = b"GGUF"
+_HEADER = struct.Struct("<4sIQQ")
+"""Magic, version, tensors, metadata entries: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
+_VERSIONS = (2, 3)
 
 
 def check_gguf(file: Path, reference: str) -> None:
     """
     Raises:
-        ModelError: there is no such file, or it is no GGUF.
+        ModelError: there is no such file, it is no GGUF, or one that is not read, by its first bytes.
     """
     try:
         with file.open("rb") as stream:
-            magic = stream.read(4)
+            head = stream.read(_HEADER.size)
     except OSError as error:
         beside = sorted(p.name for p in file.parent.glob("*.gguf")) if file.parent.is_dir() else []
         raise ModelError(
@@ -33,11 +37,26 @@ def check_gguf(file: Path, reference: str) -> None:
             hint=f"Beside it are {', '.join(beside[:5])}." if beside else "Check the path.",
             model=reference,
         ) from error
-    if magic != _MAGIC:
+    if head[:4] != _MAGIC:
         raise ModelError(
-            f"{file} is no GGUF file: it begins with {magic!r}, not {_MAGIC!r}.",
+            f"{file} is no GGUF file: it begins with {head[:4]!r}, not {_MAGIC!r}.",
             hint="Download it again; a small file may be a Git LFS pointer or an error page.",
             model=reference,
+        )
+    if len(head) < _HEADER.size:
+        raise ModelError(
+            f"{file} ends within its header, after {len(head)} bytes.", hint="Download it again.", model=reference
+        )
+    _, version, tensors, _ = _HEADER.unpack(head)
+    if version not in _VERSIONS:
+        raise ModelError(
+            f"{file} is GGUF of version {version}; {' and '.join(map(str, _VERSIONS))} are read, in little-endian order.",
+            hint="Convert it with a present llama.cpp, or download a newer file.",
+            model=reference,
+        )
+    if not tensors:
+        raise ModelError(
+            f"{file} holds no tensors.", hint="It may be a vocabulary only: download the whole model.", model=reference
         )
 
 

@@ -159,13 +159,25 @@ def check_directory(path: Path, reference: str) -> dict[str, Any]:
     config = read_config(path, reference)
     check_config(config, reference)
     weight_files(path, reference)
-    if not any((path / name).is_file() for name in _TOKENIZERS):
+    require_tokenizer(path, reference)
+    return config
+
+
+def has_tokenizer(path: Path) -> bool:
+    return any((path / name).is_file() for name in _TOKENIZERS)
+
+
+def require_tokenizer(path: Path, reference: str) -> None:
+    """
+    Raises:
+        ModelError: the model's directory has none.
+    """
+    if not has_tokenizer(path):
         raise ModelError(
             f"{path} has no tokenizer ({', '.join(_TOKENIZERS[:2])}).",
             hint="Save the tokenizer beside the weights: AutoTokenizer.from_pretrained(…).save_pretrained(…).",
             model=reference,
         )
-    return config
 
 
 def has_chat_template(path: Path) -> bool:

@@ -6,7 +6,7 @@ import re
 
 from orchestrator.errors import ModelError
 from orchestrator.modeling.base_model import BaseModelInfo
-from orchestrator.modeling.model_files import require_chat_template, tensor_shapes, weight_files
+from orchestrator.modeling.model_files import require_chat_template, require_tokenizer, tensor_shapes, weight_files
 from orchestrator.spec.job import FullTuning, JobSpec
 
 _FUSED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
@@ -17,11 +17,13 @@ _LINEAR = re.compile(r"(.+\.(?:[qkvo]_proj|gate_proj|up_proj|down_proj))\.weight
 def check_job(spec: JobSpec, info: BaseModelInfo) -> None:
     """
     Raises:
-        ModelError: no chat template for rows that need one, a target that matches no module, or a rank above a layer's
+        ModelError: no tokenizer, no chat template for rows that need one, a target that matches no module, or a rank above a layer's
             width. A model that is not on this machine yet is left to the job.
     """
     if info.path is None or info.config is None:
         return
+    if info.source != "hub":  # the hub's client finishes an interrupted download by itself
+        require_tokenizer(info.path, spec.base_model)
     if spec.data.format != "text":
         require_chat_template(info.path, spec.base_model)
     if not isinstance(spec.tuning, FullTuning) and info.config.get("model_type") in _FUSED:

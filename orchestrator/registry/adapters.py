@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from orchestrator.errors import AdapterError, CorruptObject, ObjectMissing
+from orchestrator.errors import AdapterError, AdapterNotFound, CorruptObject, ObjectMissing
 from orchestrator.modeling.adapter_check import check_adapter
 from orchestrator.modeling.adapter_files import (
     CONFIG_FILE,
@@ -189,11 +189,12 @@ def list_adapters(store: Store, *, tenant: str | None = None) -> list[AdapterSum
 def get_adapter(store: Store, digest: str) -> AdapterSummary:
     """
     Raises:
-        AdapterError: nothing complete is published under this digest, or its manifest says something else.
+        AdapterNotFound: nothing complete is published under this digest.
+        AdapterError: its manifest says something else.
     """
     manifest = store.manifest(adapter_path(digest))
     if manifest is None:
-        raise AdapterError(
+        raise AdapterNotFound(
             f"The store {store.url} has no adapter {digest}.",
             hint="`adaptory adapters list` shows all.",
             adapter=digest,
@@ -239,7 +240,7 @@ def resolve_adapter(store: Store, reference: str, *, tenant: str | None = None) 
         reference: `sha256:…`, the first 6 or more digits of a digest, a run id, a run's name, or `tenant/name`.
 
     Raises:
-        AdapterError: it names nothing, or more than one thing.
+        AdapterNotFound: it names nothing, or more than one thing.
     """
     prefix = reference.removeprefix("sha256:")
     if re.fullmatch(r"[0-9a-f]{6,64}", prefix):
@@ -282,20 +283,20 @@ def _result(store: Store, run: str) -> RunResult | None:
         return None
 
 
-def _ambiguous(reference: str, found: list[str]) -> AdapterError:
-    return AdapterError(
+def _ambiguous(reference: str, found: list[str]) -> AdapterNotFound:
+    return AdapterNotFound(
         f"{reference!r} names {len(found)} adapters: {', '.join(found[:5])}.",
         hint="Write one of them.",
         adapter=reference,
     )
 
 
-def _unknown(store: Store, reference: str) -> AdapterError:
+def _unknown(store: Store, reference: str) -> AdapterNotFound:
     known = list_adapters(store)
     names = {s.name for s in known} | {s.run for s in known}
     near = difflib.get_close_matches(reference, sorted(names), n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(near)}? " if near else "" if known else "Nothing has been published yet. "
-    return AdapterError(
+    return AdapterNotFound(
         f"The store {store.url} has no adapter {reference!r}: no digest begins so, and no run of that name published one.",
         hint=f"{hint}`adaptory adapters list` shows all.",
         adapter=reference,

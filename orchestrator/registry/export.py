@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from orchestrator.errors import AdapterError, AdaptoryError
+from safetensors import SafetensorError
+
+from orchestrator.errors import AdapterError, AdaptoryError, OutputError, UsageError
 from orchestrator.modeling.adapter_files import CONFIG_FILE
 from orchestrator.modeling.base_model import known_base, materialize
 from orchestrator.registry.adapters import AdapterSummary, get_adapter, read_provenance
@@ -34,30 +37,59 @@ def export_adapter(
         say: is told of what takes long, and of a base that cannot be had.
 
     Raises:
-        AdapterError: no such adapter, `out` is taken, or the base is not the one it was trained on.
+        AdapterError: no such adapter, or the base is not the one it was trained on.
+        UsageError: `out` is taken, or a dtype was given without merging.
+        OutputError: `out` cannot be written.
         CorruptObject: its bytes were changed.
         ModelError, PackageError: the base cannot be had (merging only).
     """
     say = say or (lambda _: None)
     summary = get_adapter(store, digest)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise AdapterError(f"{out} exists and is not an empty directory.", hint="Name another --out, or remove it.")
+        raise UsageError(f"{out} exists and is not an empty directory.", hint="Name another --out, or remove it.")
     if dtype and not (merged and summary.kind == "lora"):
-        raise AdapterError("A dtype can only be chosen when merging.", hint="Add --merged, or leave --dtype out.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".tmp-{uuid.uuid4().hex}"
-    try:
-        store.fetch(adapter_path(digest), partial)
-        (partial / MANIFEST).unlink(missing_ok=True)
-        if summary.kind == "lora" and merged:
-            _merge(partial, find_base(store, summary, cache=cache, say=say), out, dtype)
+        raise UsageError("A dtype can only be chosen when merging.", hint="Add --merged, or leave --dtype out.")
+    base = find_base(store, summary, cache=cache, say=say) if summary.kind == "lora" and merged else None
+    with _beside(out) as partial:
+        adapter = partial / "adapter"
+        store.fetch(adapter_path(digest), adapter)
+        (adapter / MANIFEST).unlink(missing_ok=True)
+        if base is not None:
+            _merge(adapter, base, partial / "merged", dtype).replace(out)
             return out
         if summary.kind == "lora":
-            _name_the_base(partial, store, summary, cache, say)
-        partial.replace(out)
+            _name_the_base(adapter, store, summary, cache, say)
+        adapter.replace(out)
+    return out
+
+
+@contextlib.contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A directory next to `out` to make it in. Whatever happens it is gone afterwards, and so are the directories above
+    that were made for an `out` that did not come about.
+
+    Raises:
+        OutputError: the disk is full, read-only, or takes no directory there.
+    """
+    partial = out.parent / f".tmp-{uuid.uuid4().hex}"
+    missing = [folder for folder in out.parents if not folder.exists()]
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+    except (OSError, SafetensorError, OutputError) as error:
+        raise _unwritable(out, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return out
+        for folder in () if out.exists() else missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _unwritable(out: Path, error: Exception) -> OutputError:
+    cause = error.__cause__ if isinstance(error, OutputError) else error
+    why = getattr(cause, "strerror", None) or cause  # safetensors words the disk's answer itself
+    hint = "Name another --out, or make room or allow it there."
+    return OutputError(f"--out {out} cannot be written: {why}.", hint=hint, file=str(out))
 
 
 def find_base(store: Store, summary: AdapterSummary, *, cache: Path, say: Callable[[str], None]) -> Path:
@@ -82,11 +114,12 @@ def find_base(store: Store, summary: AdapterSummary, *, cache: Path, say: Callab
     return base.path
 
 
-def _merge(adapter: Path, base: Path, out: Path, dtype: str | None) -> None:
+def _merge(adapter: Path, base: Path, out: Path, dtype: str | None) -> Path:
     from orchestrator.modeling.merge import merge
 
     merge(base, adapter, out, dtype)
     shutil.copyfile(adapter / PROVENANCE_FILE, out / PROVENANCE_FILE)
+    return out
 
 
 def _name_the_base(

@@ -20,6 +20,7 @@ _TITLES: dict[Check, str] = {
     "names": "modules",
     "shape": "shapes",
     "finite": "numbers are finite",
+    "magnitude": "size of the update",
     "effect": "has an effect",
 }
 

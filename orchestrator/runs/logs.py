@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import logging
+import re
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 
 from pydantic import BaseModel
 
@@ -59,6 +62,23 @@ def read_logs(store: Store, run: str, *, attempt: int | None = None, seen: set[s
     added to it, so that calling again gives what is new."""
     writers = list_segments(store, run, "logs", attempt=attempt).values()
     yield from heapq.merge(*(_lines(store, paths, seen) for paths in writers), key=lambda line: line.time)
+
+
+def printed_lines(text: str, *, since: float) -> Iterator[LogLine]:
+    """What Ray kept of a job's output. Each line has the time that it begins with, else that of the line before it.
+
+    Args:
+        since: seconds since the epoch, for lines before the first that says its time.
+    """
+    for line in text.splitlines():
+        if stamp := _STAMP.match(line):
+            with contextlib.suppress(ValueError):
+                since = datetime.fromisoformat(stamp[1].replace(",", ".")).timestamp()
+        yield LogLine(time=since, writer="ray", level="info", message=line)
+
+
+_STAMP = re.compile(r"\W{0,2}(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d{3})?)")
+"""As Python's and Ray's loggers begin their lines, in the node's own time zone."""
 
 
 def _lines(store: Store, paths: Iterable[str], seen: set[str] | None) -> Iterator[LogLine]:

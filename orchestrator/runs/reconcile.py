@@ -222,7 +222,7 @@ def _finish(db: Database, store: Store, run: Run, result: RunResult, *, end_atte
         db,
         run,
         result.state,
-        message=f"The run is {result.state.value}." if result.error is None else str(result.error.get("message")),
+        message=f"The run {result.state.words}." if result.error is None else str(result.error.get("message")),
         level="error" if result.state is RunState.FAILED else "info",
         end_attempt=end_attempt,
         record=_adapter_record(store, run, result) if result.state is RunState.SUCCEEDED else None,

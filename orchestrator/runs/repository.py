@@ -337,8 +337,8 @@ def _or_ignore(session: Session, table: type[Base]) -> postgresql.Insert | sqlit
 def _illegal(run: Run, to: RunState, *, gone: bool = False) -> IllegalTransition:
     hints = {
         RunState.SUCCEEDED: "It is finished; submit a new run.",
-        RunState.FAILED: f"`adaptory runs resume {run.name}` continues it from its last checkpoint.",
-        RunState.CANCELLED: f"`adaptory runs resume {run.name}` continues it from its last checkpoint.",
+        RunState.FAILED: f"`adaptory runs resume {run.name}` continues it from its last checkpoint, if it has one.",
+        RunState.CANCELLED: f"`adaptory runs resume {run.name}` continues it from its last checkpoint, if it has one.",
         RunState.PAUSED: f"`adaptory runs resume {run.name}` continues it.",
     }
     if gone:
@@ -346,9 +346,9 @@ def _illegal(run: Run, to: RunState, *, gone: bool = False) -> IllegalTransition
     hint = hints.get(run.state, f"`adaptory runs show {run.name}` says how far it is; pause or cancel it first.")
     if run.state is to:
         hint = "" if to is RunState.QUEUED else hint
-        return IllegalTransition(f"Run {run.name} is {to.value} already.", hint=hint, run=run.id, state=to.value)
+        return IllegalTransition(f"Run {run.name} {to.words} already.", hint=hint, run=run.id, state=to.value)
     return IllegalTransition(
-        f"Run {run.name} is {run.state.value}, so it cannot be{'come' if to is RunState.RUNNING else ''} {to.value}.",
+        f"Run {run.name} {run.state.words}, so it cannot be{'come' if to is RunState.RUNNING else ''} {to.value}.",
         hint=hint,
         run=run.id,
         state=run.state.value,

@@ -15,6 +15,12 @@ class RunState(StrEnum):
     CANCELLED = "cancelled"
 
     @property
+    def words(self) -> str:
+        """`has succeeded`, `is running`, …: after a run's name."""
+        ended = {RunState.SUCCEEDED: "has succeeded", RunState.FAILED: "has failed"}
+        return ended.get(self, "is being prepared" if self is RunState.VALIDATING_FILES else f"is {self.value}")
+
+    @property
     def final(self) -> bool:
         """Whether nothing will happen any more unless a person asks for it."""
         return self in (RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED)

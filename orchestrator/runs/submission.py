@@ -159,7 +159,7 @@ def pause(
     run = _as_it_is_now(run, store=store, db=db, jobs=jobs, settings=settings)
     if not run.state.active or run.resolved is None:
         raise IllegalTransition(
-            f"Run {run.name} is {run.state.value}: there is nothing to pause.",
+            f"Run {run.name} {run.state.words}: there is nothing to pause.",
             hint="`adaptory runs list` shows what is running.",
             run=run.id,
             state=run.state.value,
@@ -173,7 +173,7 @@ def pause(
         time.sleep(poll)
         run = _as_it_is_now(run, store=store, db=db, jobs=jobs, settings=settings)
         if run.state is not state:
-            say(f"{run.name} is {run.state.value}.")
+            say(f"{run.name} {run.state.words}.")
             state = run.state
     return run
 

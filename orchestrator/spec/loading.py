@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,9 @@ from orchestrator.spec.problems import FieldPath, Problem, holds_section, later,
 
 _MOST_NODES = 50_000
 """Of a spec: aliases that multiply each other would otherwise fill the memory."""
+_MOST_LEVELS = 50
+_MOST_BITS = 256
+"""Of a whole number; beyond some 4,300 digits Python refuses even to print one."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -45,13 +49,17 @@ class _Document:
     overrides: dict[FieldPath, str] = field(default_factory=dict)
     """Fields that came from `--set`, with its text."""
 
+    def at(self, line: int) -> tuple[str, dict[str, Any]]:
+        """A line of the document in words and facts."""
+        return f"{self.source}, line {line}", {"file": self.source, "line": line}
+
     def place(self, path: FieldPath) -> tuple[str, dict[str, Any]]:
         """Where `path`, or the nearest section around it, was written: words for a message, and facts for machines."""
         for length in range(len(path), -1, -1):
             if text := self.overrides.get(path[:length]):
                 return f"--set {text}", {"override": text}
             if line := self.lines.get(path[:length]):
-                return f"{self.source}, line {line}", {"file": self.source, "line": line}
+                return self.at(line)
         return self.source, {"file": self.source}
 
 
@@ -139,6 +147,9 @@ def _parse(text: str, document: _Document) -> None:
         document.data = _Construct(loader, document).value(root, ())
     except yaml.YAMLError as error:
         raise _yaml_error(error, text, source) from error
+    except RecursionError as error:  # of PyYAML itself, at several hundred levels
+        where, facts = document.at(loader.line + 1 if loader else 1)
+        raise _too_deep(where, facts) from error
     finally:
         if loader is not None:
             loader.dispose()
@@ -152,6 +163,8 @@ class _Construct:
 
     def value(self, node: yaml.Node, path: FieldPath) -> Any:
         self.count += 1
+        if len(path) > _MOST_LEVELS:
+            raise _too_deep(*self.document.at(node.start_mark.line + 1))
         if id(node) in self.open or self.count > _MOST_NODES:
             raise self._refuse(node, path, "an alias repeats itself without end.", "Write the values out.")
         self.document.lines.setdefault(path, node.start_mark.line + 1)
@@ -161,9 +174,21 @@ class _Construct:
                 return self._mapping(node, path)
             if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
                 return [self.value(child, (*path, index)) for index, child in enumerate(node.value)]
-            return self.loader.construct_object(node)
+            return self._scalar(node, path)
         finally:
             self.open.discard(id(node))
+
+    def _scalar(self, node: yaml.Node, path: FieldPath) -> Any:
+        name, text = ".".join(map(str, path)), f"{node.value!r:.60}"
+        try:
+            value = self.loader.construct_object(node)
+        except ValueError as error:  # more digits than Python reads, or what an explicit tag (`!!int x`) does not allow
+            raise self._refuse(
+                node, path, f"`{name}` is {text}, which cannot be read.", "Write another value."
+            ) from error
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            raise self._refuse(node, path, f"`{name}` is {text}, which no field can hold.", "Write a smaller number.")
+        return value
 
     def _mapping(self, node: yaml.MappingNode, path: FieldPath) -> dict[str, Any]:
         seen: dict[str, int] = {}
@@ -190,10 +215,16 @@ class _Construct:
         return result
 
     def _refuse(self, node: yaml.Node, path: FieldPath, what: str, hint: str) -> SpecError:
-        line, source = node.start_mark.line + 1, self.document.source
-        return SpecError(
-            f"{source}, line {line}: {what}", hint=hint, file=source, line=line, field=".".join(map(str, path))
-        )
+        where, facts = self.document.at(node.start_mark.line + 1)
+        return SpecError(f"{where}: {what}", hint=hint, field=".".join(map(str, path)), **facts)
+
+
+def _too_deep(where: str, facts: dict[str, Any]) -> SpecError:
+    return SpecError(
+        f"{where}: values are nested more than {_MOST_LEVELS} levels deep.",
+        hint="A spec needs four; look for brackets that are not closed.",
+        **facts,
+    )
 
 
 def _yaml_error(error: yaml.YAMLError, text: str, source: str) -> SpecError:
@@ -262,17 +293,38 @@ def _split(text: str) -> tuple[list[str], Any, str]:
         raise SpecError(
             f"--set {text}: an override is `field=value`.", hint="For instance --set train.epochs=2.", override=text
         )
+    return path, _value(text, value, tuple(path)), text
+
+
+def _value(text: str, value: str, path: FieldPath) -> Any:
+    """What stands behind the `=` of an override, read as the same text in the file would be."""
+    document = _Override(text)
+    loader = None
     try:
-        return path, yaml.load(value, Loader=_Loader), text  # noqa: S506 (a safe loader)
+        loader = _Loader(value)
+        node = loader.get_single_node()
+        return None if node is None else _Construct(loader, document).value(node, path)
+    except RecursionError as error:
+        raise _too_deep(*document.at(1)) from error
     except yaml.YAMLError as error:
         what = getattr(error, "problem", None) or str(error)
         raise SpecError(
-            f"--set {text}: the value is not YAML: {what}.",
+            f"--set {text:.200}: the value is not YAML: {what}.",
             hint="""Quote it as YAML does, for instance --set 'data.system="a: b"'.""",
             override=text,
-            field=name,
+            field=".".join(map(str, path)),
             value=value,
         ) from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+class _Override(_Document):
+    """The value of one `--set`, which has no file and no line."""
+
+    def at(self, line: int) -> tuple[str, dict[str, Any]]:
+        return f"--set {self.source:.200}", {"override": self.source}
 
 
 def _default_types(data: dict[str, Any]) -> None:
@@ -310,4 +362,6 @@ def _spec_error(error: ValidationError, document: _Document) -> SpecError:
 
 
 def _jsonable(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no word for it
     return value if isinstance(value, str | int | float | bool | list | dict | type(None)) else str(value)

@@ -10,7 +10,7 @@ from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -159,8 +159,9 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
         return _or([_kind(member, []) for member in args])
     if origin is Literal:
         return _or([str(choice) for choice in args])
+    some = any(isinstance(m, MinLen) for m in metadata)
     if origin is list:
-        return f"a list of {_kind(args[0], [])}"
+        return "a list of at least one" if some else f"a list of {_kind(args[0], [])}"
     if origin is tuple:
         return f"a list of {len(args)}: " + ", ".join(_kind(arg, []) for arg in args)
     if annotation is type(None):
@@ -169,8 +170,10 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
     if pattern:
         return f"text that matches {pattern}"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(annotation, "a value")
+    if annotation is str and some:
+        return "text that is not empty"
     limits = [
-        f"{sign} {getattr(m, name):g}"
+        f"{sign} {_figure(getattr(m, name))}"
         for kind, name, sign in (
             (Gt, "gt", "above"),
             (Ge, "ge", "at least"),
@@ -181,6 +184,10 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
         if isinstance(m, kind)
     ]
     return f"{words} {' and '.join(limits)}" if limits else words
+
+
+def _figure(limit: float) -> str:
+    return f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
 
 
 def _choices(annotation: Any) -> list[str]:
@@ -260,5 +267,6 @@ def _or(words: list[str]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    """As YAML writes it, where Python writes it otherwise."""
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -119,7 +119,9 @@ def test_a_wrong_call_says_where_help_is(args: list[str], said: str, capsys):
 
 def test_a_wrong_call_in_json(capsys):
     assert cli.main(["runs", "show", "--json"]) == 2
-    assert "Missing argument" in json.loads(capsys.readouterr().out)["error"]["message"]
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert "Missing argument" in error["message"]
+    assert error["code"] == "usage"
 
 
 def test_a_reader_that_goes_away_is_no_crash(home):
@@ -155,6 +157,12 @@ def test_a_command_says_what_it_does_with_an_example_and_speaks_json(path: tuple
     assert f"Example: adaptory {' '.join(path)}" in text
     assert "--json" in text
     assert command.help
+
+
+@pytest.mark.parametrize("group", ["adapters", "data", "runs"])
+def test_a_group_of_commands_has_an_example(group: str, capsys):
+    assert cli.main([group, "--help"]) == 0
+    assert f"Example: adaptory {group} " in capsys.readouterr().out
 
 
 def test_starting_the_command_imports_nothing_heavy():
@@ -242,6 +250,11 @@ def test_progress_puts_events_together():
     ("given", "words"),
     [
         (event(0, "metrics", step=2, total_steps=4, loss=1.25), "step 2/4: loss 1.25"),
+        (event(0, "metrics", step=1, total_steps=4), "step 1/4"),
+        (
+            event(0, "metrics", step=2, loss=1.5e30, learning_rate=float("inf")),
+            "step 2: loss 1.5e+30, learning_rate inf",
+        ),
         (event(0, "progress", phase="evaluation", done=3, total=60), "evaluation 3/60"),
         (event(0, "phase", phase="training"), "training begins"),
         (event(0, "state", state="running"), "state running"),
@@ -261,10 +274,32 @@ def test_durations(seconds: float | None, words: str):
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [(3, "3"), (1_500_000_000.0, "1,500,000,000"), (0.12345678, "0.1235"), (1234.56, "1,234.6"), ("x", "x")],
+    [
+        *((3, "3"), (1_500_000_000.0, "1,500,000,000"), (0.12345678, "0.1235"), (1234.56, "1,234.6"), ("x", "x")),
+        *((4e37, "4e+37"), (10**38, "1e+38"), (float("nan"), "nan"), (-float("inf"), "-inf")),
+    ],
 )
 def test_numbers(value: Any, words: str):
     assert output.number(value) == words
+
+
+def test_a_loss_beyond_reason_is_short():
+    assert Progress(loss=3.4e38, validation_loss=2.5).figures() == "loss 3.4e+38 · validation 2.5000"
+
+
+def test_a_message_that_quotes_a_sentence_ends_once():
+    assert str(AdaptoryError("It said: no..", hint="Look.")) == "It said: no. Look."
+    assert str(AdaptoryError("It said: wait...")) == "It said: wait..."
+
+
+def test_a_step_without_figures_is_no_half_sentence(capsys):
+    show_events([event(0, "metrics", step=10, total_steps=20)])
+    assert capsys.readouterr().out.endswith("step 10/20\n")
+
+
+def test_a_schema_that_cannot_be_written(tmp_path, capsys):
+    assert cli.main(["schema", "--out", str(tmp_path)]) == 1
+    assert "cannot be written: Is a directory." in capsys.readouterr().err
 
 
 def test_a_step_reported_again_after_a_resume_counts_once():

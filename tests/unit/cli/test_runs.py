@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import cluster
 from orchestrator.cli import main
@@ -156,6 +158,10 @@ def test_a_store_url_with_a_password_is_refused_before_anything_is_started(adapt
         ({"set": "data.train=none.jsonl"}, "none.jsonl"),
         ({"set": "base_model=./no-such-model"}, "no-such-model"),
         ({"set": "resources.workers=64"}, "64"),
+        ({"set": "data.train="}, "data.train"),
+        ({"set": "data.train=~nobody-of-this-name/rows.jsonl"}, "begins with ~"),
+        ({"set": "base_model=~nobody-of-this-name/model"}, "begins with ~"),
+        ({"set": "data.train=gs://bucket/rows.jsonl"}, "s3://BUCKET/KEY"),
         ({"set": "train.epoch=1"}, "Did you mean train.epochs?"),
     ],
 )
@@ -173,8 +179,9 @@ def test_a_mistake_is_told_before_anything_is_started(adaptory, spec, memory_clu
 # --- dry run
 
 
-def test_a_dry_run_writes_and_shows_everything_and_starts_nothing(adaptory, spec, home, out_of_reach):
+def test_a_dry_run_writes_and_shows_everything_and_starts_nothing(adaptory, spec, home, out_of_reach, monkeypatch):
     out_of_reach()
+    monkeypatch.setattr(cluster, "connect_if_running", lambda settings: None)
     answer = adaptory("run", spec, "--dry-run")
     assert answer.code == 0, answer.err
     assert "prompt_completion" in answer.out
@@ -184,6 +191,67 @@ def test_a_dry_run_writes_and_shows_everything_and_starts_nothing(adaptory, spec
     assert len(written["data"]["train"][0]["sha256"]) == 64
     assert not (home / "store" / "files").exists()
     assert not (home / "state.db").exists()
+
+
+def test_a_dry_run_asks_a_cluster_that_is_up_whether_the_job_fits(adaptory, spec, memory_cluster, monkeypatch):
+    answer = adaptory("run", spec, "--dry-run", "--set", "resources.workers=100", "--json")
+    assert (answer.code, answer.json["error"]["code"]) == (1, "insufficient_resources")
+    assert adaptory("run", spec, "--dry-run", "--set", "resources.workers=2").code == 0
+    memory_cluster.local = False  # of a cluster with an autoscaler, only its probe knows
+    monkeypatch.setattr("cluster.probe._cached", lambda client, settings: None)
+    answer = adaptory("run", spec, "--dry-run", "--set", "resources.workers=100")
+    assert answer.code == 0
+    assert "Note: what the cluster has is asked when a run is submitted." in answer.err
+
+    def away(settings):
+        raise ClusterError("http://far cannot be reached.")
+
+    monkeypatch.setattr(cluster, "connect_if_running", away)
+    answer = adaptory("run", spec, "--dry-run")
+    assert answer.code == 0
+    assert "was not compared with the cluster. http://far cannot be reached." in answer.err
+
+
+@pytest.mark.parametrize("model", ["no/such", "s3://bucket/model", "pypi:nosuch", "smollm2-135m-instruct"])
+def test_a_base_model_that_was_not_looked_at_is_said_to_be(adaptory, spec, model):
+    answer = adaptory("run", spec, "--dry-run", "--set", f"base_model={model}")
+    assert answer.code == 0
+    assert f"Note: only the job will fetch the base model {model}, and see whether" in answer.err
+
+
+def test_a_base_model_without_a_tokenizer_is_refused(adaptory, spec, tiny_model, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_model("llama"), bare, ignore=shutil.ignore_patterns("tokenizer.json"))
+    for options in ([], ["--dry-run"]):
+        answer = adaptory("run", spec, "--set", f"base_model={bare}", *options)
+        assert answer.code == 2
+        assert "has no tokenizer" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "said"),
+    [
+        (["train.max_length=8"], 2, "Every row of rows.jsonl is longer than max_length 8 tokens"),
+        (["train.max_length=20", "data.too_long=error"], 2, "rows.jsonl:1: the row has"),
+        (["train.max_length=8", "data.too_long=truncate"], 2, "All tokens of rows.jsonl are masked"),
+        (["train.max_length=8", "data.train=[rows.jsonl, rows.jsonl]"], 0, "Every row of the first 64 of rows.jsonl"),
+        (["data.train=calls.jsonl"], 2, "does not write tool calls (calls.jsonl:1)"),
+        ([], 0, ""),
+    ],
+)
+def test_the_first_rows_are_tokenised_where_the_model_is_here(adaptory, spec, tiny_model, changes, code, said):
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Rome"}}}]}
+    Path("calls.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "q"}, call]}))
+    options = [part for change in [f"base_model={tiny_model('llama')}", *changes] for part in ("--set", change)]
+    answer = adaptory("run", spec, "--dry-run", *options)
+    assert answer.code == code, answer.err
+    assert said in answer.err
+
+
+def test_more_rows_to_measure_on_than_to_learn_from_is_doubtful(adaptory, spec):
+    answer = adaptory("run", spec, "--dry-run", "--set", "data.validation=0.9")
+    assert answer.code == 0
+    assert "rows are for training and" in answer.err
 
 
 def test_a_dry_run_counts_the_steps(adaptory, spec):
@@ -199,8 +267,8 @@ def test_a_dry_run_counts_the_steps(adaptory, spec):
 
 def test_no_runs_is_no_error(adaptory):
     answer = adaptory("runs", "list")
-    assert answer.code == 0
-    assert "adaptory run jobs/examples/finance-entities.yaml" in answer.out
+    assert (answer.code, answer.out) == (0, "")
+    assert "adaptory run jobs/examples/finance-entities.yaml" in answer.err
     assert adaptory("runs", "list", "--json").json == []
 
 
@@ -215,8 +283,19 @@ def test_list_shows_the_newest_first_and_filters(adaptory, spec, memory_cluster,
     assert text.index("two") < text.index("one")
     assert plays.digest[7:19] in text
     wrong = adaptory("runs", "list", "--state", "finished")
-    assert wrong.code == 1
+    assert wrong.code == 2
     assert "succeeded" in wrong.err
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 160])
+def test_a_narrow_terminal_still_tells_which_is_which(adaptory, spec, monkeypatch, width):
+    adaptory("run", spec, "--name", "finance-entities-2")
+    monkeypatch.setattr("orchestrator.commands.showing.console", lambda: Console(width=width))
+    rows = adaptory("runs", "list").out.splitlines()
+    assert max(map(len, rows)) <= width
+    [row] = [row for row in rows if "finance-entities-2" in row]
+    assert "succeeded" in row
+    assert ("base model" in rows[1]) == (width >= 80)
 
 
 def test_show_tells_all_of_a_run(adaptory, spec, plays):
@@ -296,10 +375,13 @@ def test_logs_are_read_from_the_store(adaptory, spec, memory_cluster, plays):
 
 def test_a_job_that_died_before_it_could_log_left_its_words_with_ray(adaptory, spec, memory_cluster):
     memory_cluster.plays = lambda store, run, attempt: JobStatus.FAILED
-    memory_cluster.printed = "ImportError: no torch"
+    memory_cluster.printed = "started\n2026-11-22 05:10:33,123\tINFO cli.py:41 -- Job submission\n[2026-11-22 05:10:35] ImportError: no torch"
     answer = adaptory("run", spec, "--follow")
     assert answer.code == 1
     assert "ImportError: no torch" in answer.err
+    first, second, third = adaptory("runs", "logs", "sums", "--json").lines
+    assert (first["message"], first["time"] > third["time"]) == ("started", True)  # the run's own beginning
+    assert third["time"] - second["time"] == pytest.approx(1.877)
     assert "ImportError: no torch" in adaptory("runs", "logs", "sums").out
 
 
@@ -350,6 +432,22 @@ def test_plot_writes_a_png_and_draws(adaptory, spec, tmp_path):
     assert [step for step, _ in points["validation_loss"]] == [10, 20, 30]
 
 
+@pytest.mark.parametrize(("name", "begins"), [("c.svg", b"<?xml"), ("c.pdf", b"%PDF"), ("C.PNG", b"\x89PNG")])
+def test_plot_writes_what_the_name_says(adaptory, spec, tmp_path, name, begins):
+    adaptory("run", spec)
+    assert adaptory("runs", "plot", "sums", "--no-terminal", "--out", tmp_path / name).code == 0
+    assert (tmp_path / name).read_bytes().startswith(begins)
+
+
+@pytest.mark.parametrize("name", ["p.foo", "p", "p.jpg"])
+def test_plot_draws_no_other_kind_of_picture(adaptory, spec, name):
+    adaptory("run", spec)
+    answer = adaptory("runs", "plot", "sums", "--out", name)
+    assert answer.code == 2
+    assert "such as p.png" in answer.err
+    assert not Path(name).exists()
+
+
 def test_plot_of_a_run_without_a_loss_yet_says_so(adaptory, spec, memory_cluster):
     memory_cluster.plays = lambda store, run, attempt: JobStatus.RUNNING
     adaptory("run", spec)
@@ -379,6 +477,15 @@ def test_cancel_stops_the_job(adaptory, spec, memory_cluster, plays):
     again = adaptory("runs", "cancel", "sums", "--json")
     assert again.code == 1
     assert again.json["error"]["code"] == "illegal_transition"
+    assert "from its last checkpoint, if it has one." in again.json["error"]["hint"]
+
+
+@pytest.mark.parametrize("command", ["cancel", "pause", "resume"])
+def test_a_run_that_has_succeeded_is_said_to_have(adaptory, spec, command):
+    adaptory("run", spec)
+    answer = adaptory("runs", command, "sums")
+    assert answer.code == 1
+    assert "Run sums has succeeded" in answer.err
 
 
 def test_pause_waits_for_the_checkpoint_and_resume_makes_a_new_attempt(adaptory, spec, memory_cluster, plays):

@@ -53,6 +53,17 @@ def test_each_version_has_an_error_of_its_own(changes: dict[str, object], says: 
         check(whole(answer(), answer(**changes)), "s3://b/p")
 
 
+def test_what_is_known_of_a_cluster_without_a_job(fake_ray: FakeRay, home: Path) -> None:
+    """A local one is asked; of another one its last probe is believed, since only that knows the autoscaler."""
+    settings = Settings(store_url="s3://b/p")
+    client = fake_ray.client(local=True)
+    assert probing.known_resources(client, settings) == resources_of(client)
+    client.local = False
+    assert probing.known_resources(client, settings) is None
+    probing._remember(client, settings, whole(answer()))
+    assert probing.known_resources(client, settings) == whole().resources
+
+
 def test_another_patch_of_python_is_fine() -> None:
     check(whole(answer(python=local_versions()["python"].rsplit(".", 1)[0] + ".99")), "s3://b/p")
 

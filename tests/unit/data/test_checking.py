@@ -54,6 +54,30 @@ def test_check_names_the_line_of_a_later_file(write: Write, tmp_path: Path) -> N
         check(DataSpec(train="data/*.jsonl"), tmp_path)
 
 
+@pytest.mark.parametrize(("fraction", "warned"), [(0.3, False), (0.9, True)])
+def test_more_rows_to_measure_on_than_to_learn_from(
+    write: Write, tmp_path: Path, fraction: float, warned: bool
+) -> None:
+    write("train.jsonl", PAIRS)
+    report = check(DataSpec(train="train.jsonl", validation=fraction), tmp_path)
+    assert bool(report.warnings()) == warned
+
+
+def test_a_timestamp_that_parquet_holds_where_a_template_writes_text(tmp_path: Path) -> None:
+    import datetime
+
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    tools = [{"name": "f", "since": datetime.datetime(2026, 1, 2)}]
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    table = pa.Table.from_pylist([{"messages": messages, "tools": None}, {"messages": messages, "tools": tools}])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet:2: tools\[0\]\.function\.since is datetime") as caught:
+        check(DataSpec(train="a.parquet"), tmp_path)
+    assert caught.value.context["field"] == "tools[0].function.since"
+
+
 def test_test_rows_need_an_answer(write: Write, tmp_path: Path) -> None:
     write("train.txt", "some text\n")
     with pytest.raises(DataError, match=r"train\.txt:1: plain text has no question"):
@@ -91,6 +115,11 @@ def test_s3_without_credentials(s3: str, monkeypatch: pytest.MonkeyPatch) -> Non
         ("zzz.csv", "There is no file zzz.csv", "Check the path"),
         ("*.parquet", "No file matches *.parquet", "Check the pattern"),
         ("empty", "The directory empty holds no data file", "Put .jsonl"),
+        ("gs://bucket/a.jsonl", "gs:// is none of the places", "s3://BUCKET/KEY, hf:NAME and example:NAME/SPLIT"),
+        ("https://x.org/a.jsonl", "https:// is none of the places", "Download it"),
+        ("loop.jsonl", "There is no file loop.jsonl", "It is a link to loop.jsonl, which leads to no file"),
+        ("x" * 300, "cannot be read: File name too long", ""),
+        (" ", "A path of the data is empty", "Name a file"),
         ("model.bin", "files ending in '.bin' are not read", "Convert it"),
     ],
 )
@@ -98,6 +127,7 @@ def test_what_is_not_there(write: Write, tmp_path: Path, reference: str, message
     write("train.jsonl", PAIRS)
     write("model.bin", "x")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
     for action in (check, lambda spec, base: resolve(spec, store=Store(str(tmp_path / "store")), base_dir=base)):
         with pytest.raises(DataError) as caught:
             action(DataSpec(train=reference, validation=0.0), tmp_path)
@@ -215,3 +245,5 @@ def test_commands(write: Write, tiny_model: Callable[[str], Path], monkeypatch: 
     assert "assistant: ⟦a0" in said("preview", "train.jsonl", "-n", "1")
     with pytest.raises(DataError, match=r"no file gone\.jsonl"):
         said("check", "gone.jsonl")
+    with pytest.raises(DataError, match="name of the data is empty"):
+        said("check", "")

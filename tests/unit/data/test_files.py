@@ -23,6 +23,16 @@ def read(content: bytes | str, name: str) -> list[tuple[dict[str, Any], int]]:
     return [(row, where.line) for row, where in file_rows(stream, name)]
 
 
+DEEP = 600, 3_000, 100_000
+BAD_JSON = [
+    *(('{"a": ' + "[" * deep + "]" * deep + "}", "values are nested more than 100 levels deep") for deep in DEEP),
+    ('{"a": ' * 101 + "1" + "}" * 101, "values are nested more than 100 levels deep"),
+    ('{"b": {"a": 1, "c": 2, "a": 1}}', "an object has 'a' twice"),
+    (f'{{"a": {"9" * 5000}}}', "a number has more than 4,300 digits"),
+]
+JSON_FILES = [("a.jsonl", '{"a": 1}\nROW\n', 2), ("a.json", '[{"a": 1},\nROW]', 2), ("b.json", "\n\nROW", 3)]
+
+
 def lines(rows: list[Any]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -64,6 +74,18 @@ def test_csv_with_quotes_and_line_breaks() -> None:
     assert read(content.replace(",", "\t"), "a.tsv")[1][0] == {"prompt": "e", "completion": "f"}
 
 
+def test_csv_with_a_space_after_each_comma() -> None:
+    assert read('prompt, completion\nq, "a, b"\n', "a.csv") == [({"prompt": "q", "completion": "a, b"}, 2)]
+    assert read("prompt,completion\nq, a\n", "a.csv") == [
+        ({"prompt": "q", "completion": " a"}, 2)
+    ]  # a space that is meant
+
+
+def test_rows_may_be_as_deep_as_any_template_can_write() -> None:
+    row = {"a": json.loads("[" * 99 + "1" + "]" * 99)}
+    assert read(json.dumps(row), "a.jsonl") == [(row, 1)]
+
+
 def test_parquet_counts_rows(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet
@@ -95,6 +117,14 @@ def test_text_is_one_row_a_line() -> None:
         ("a.csv", "a,a\n1,2\n", 1, "repeated column name"),
         ("a.csv", 'a,b\n1,"2\n', 2, "broken CSV"),
         ("a.csv", b"a,b\n1,\xe9\n", 2, "not UTF-8"),
+        ("a.csv", "a,b\n1\n", 2, "1 field where the header has 2"),
+        ("a.csv", "a;b\n1;2\n", 1, "is one column, and looks parted by ';'"),
+        ("a.tsv", "a,b\n1,2\n", 1, "is one column, and looks parted by ','"),
+        *(
+            (name, content.replace("ROW", row), line, said)
+            for name, content, line in JSON_FILES
+            for row, said in BAD_JSON
+        ),
     ],
 )
 def test_damage_is_named_with_its_line(name: str, content: bytes | str, line: int, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 import pytest
@@ -12,6 +13,13 @@ from orchestrator.errors import DataError
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}
+TIME = datetime.datetime(2026, 1, 2)
+
+
+def called(arguments: Any) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+
 WEATHER = {"name": "weather", "parameters": {"type": "object"}}
 
 
@@ -133,6 +141,26 @@ def test_a_later_row_that_is_wrong_is_named(row: dict[str, Any], message: str) -
         ({"instruction": "q"}, "no answer (output)"),
         ({"input": "q", "ideal": []}, "no answer (ideal)"),
         ({"text": " "}, "the text is empty"),
+        ({"messages": [{"role": ["user"], "content": "q"}, ANSWER]}, "messages[0].role is ['user']"),
+        ({"messages": [{"role": {}, "content": "q"}, ANSWER]}, "messages[0].role is {}"),
+        ({"conversations": [{"from": ["human"], "value": "q"}]}, "conversations[0].role is ['human']"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": 5}]}, "messages[1].tool_calls is 5, not a list"),
+        ({"messages": [USER, called(5)]}, "tool_calls[0].function.arguments is 5, not an object"),
+        ({"messages": [USER, called("[1]")]}, "tool_calls[0].function.arguments is [1], not an object"),
+        (
+            {"messages": [USER, called({"at": TIME})]},
+            "tool_calls[0].function.arguments.at is datetime.datetime(2026, 1, 2",
+        ),
+        ({"messages": [USER, ANSWER], "tools": [{"function": 5}]}, "tools is no list of objects"),
+        ({"messages": [USER, ANSWER], "tools": [{"name": "f", "since": TIME}]}, "tools[0].function.since is datetime"),
+        ({"messages": [USER, ANSWER], "tools": "[" * 3000 + "]" * 3000}, "in tools, values are nested more than 100"),
+        ({"messages": [USER, ANSWER], "tools": '[{"a": 1, "a": 2}]'}, "in tools, an object has 'a' twice"),
+        ({"messages": [USER, ANSWER], "tools": f'[{{"a": {"9" * 5000}}}]'}, "a number has more than 4,300 digits"),
+        ({"prompt": None, "completion": "a"}, "prompt is null"),
+        ({"text": None}, "text is null"),
+        ({"text": "\ud800"}, "text holds half of a surrogate pair"),
+        ({"prompt": "q", "completion": "a\udc00b"}, "messages[1].content holds half of a surrogate pair"),
+        ({"messages": [USER, ANSWER], "tools": [{"name": "f", "\ud800": 1}]}, "tools[0].function holds half"),
         ({"chosen": "a", "rejected": "b"}, "DPO"),
     ],
 )
@@ -146,8 +174,9 @@ def test_a_first_row_that_is_wrong_is_named(row: dict[str, Any], message: str) -
 def test_a_named_format_is_not_guessed() -> None:
     both = {"text": "t", "prompt": "q", "completion": "a"}
     assert convert(both, format="text")[0][0].text == "t"
-    with pytest.raises(DataError, match=r"this row is chat, data\.format names text"):
+    with pytest.raises(DataError, match=r"this row is chat, data\.format names text") as caught:
         convert({"messages": [USER, ANSWER]}, format="text")
+    assert caught.value.hint == "Set data.format to chat or auto."
 
 
 def test_question_and_answer_of_a_test_row() -> None:

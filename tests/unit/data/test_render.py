@@ -166,12 +166,6 @@ def test_no_chat_template(make_tokenizer: Any) -> None:
     assert tokens.labelled == len(tokens.ids) - 1  # nothing predicts the first
 
 
-def test_half_a_surrogate_pair_is_named(make_tokenizer: Any) -> None:
-    broken = {"role": "assistant", "content": "\ud83d"}
-    with pytest.raises(DataError, match=r"f\.jsonl:7: .*surrogate"):
-        learned(make_tokenizer("chatml"), USER, broken)
-
-
 def test_slow_tokenizers_are_refused() -> None:
     class Slow:
         is_fast, name_or_path = False, "slow-model"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -12,6 +13,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 
 from orchestrator.db import open_database
 from orchestrator.db.database import HEAD, MIGRATIONS
@@ -122,6 +124,26 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path):
     (tmp_path / "home" / "state.db").write_bytes(b"not a database, " * 100)
     with pytest.raises(DatabaseError, match="not a database"):
         open_database(url(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("said", "free", "hint"),
+    [
+        ("disk I/O error", 0, "is full: free some space"),
+        ("database or disk is full", 1 << 40, "is full: free some space"),
+        ("disk I/O error", 1 << 40, "fails: look at its state"),
+    ],
+)
+def test_a_disk_that_is_full_or_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, free: int, hint: str):
+    db = open_database(url(tmp_path))
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda place: SimpleNamespace(free=free if place == tmp_path / "home" else 7)
+    )
+    with pytest.raises(DatabaseError, match=said) as caught, db.read():
+        raise OperationalError("SELECT 1", {}, sqlite3.OperationalError(said))
+    assert hint in str(caught.value.hint)
+    assert "ADAPTORY_DATABASE_URL" not in str(caught.value.hint)
+    db.close()
 
 
 def test_a_password_is_never_shown():

@@ -199,6 +199,21 @@ def test_one_value_that_is_not_finite(value: float, dtype: torch.dtype, adapter:
     assert caught.value.context["check"] == "finite"
 
 
+@pytest.mark.parametrize(("value", "good"), [(1.0, True), (4e10, False)])
+def test_an_update_that_dwarfs_any_trained_weights(value: float, good: bool, adapter: Make) -> None:
+    """Its size is that of the whole product, scale and all: here 8/4 · 4 · value² in every place of the matrix."""
+
+    def blow_up(tensors: dict[str, torch.Tensor]) -> None:
+        for side in "AB":
+            tensors[f"model.layers.1.mlp.down_proj.lora_{side}.weight"].fill_(value)
+
+    directory = adapter(blow_up)
+    assert checks(directory) == (set() if good else {"magnitude"})
+    if not good:
+        with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.down_proj has a root mean square of 1\.28e\+22"):
+            check_adapter(directory)
+
+
 def test_zero_b_everywhere_has_no_effect(adapter: Make) -> None:
     def zero(tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():

@@ -245,6 +245,16 @@ def test_a_gguf_that_is_none_or_is_damaged(gguf_file: Path, cache: Path, tmp_pat
     pointer.write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ModelError, match="is no GGUF file"):
         inspect(str(pointer), cache)
+    head = gguf_file.read_bytes()[:24]
+    for content, said in (
+        (head[:10], "ends within its header, after 10 bytes"),
+        (head[:4] + b"\x01\0\0\0" + head[8:], "version 1; 2 and 3 are read"),
+        (head[:4] + b"\0\0\0\x03" + head[8:], "version 50331648; 2 and 3 are read, in little-endian order"),
+        (head[:8] + bytes(16), "holds no tensors"),
+    ):
+        pointer.write_bytes(content)
+        with pytest.raises(ModelError, match=said):
+            inspect(str(pointer), cache)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(gguf_file.read_bytes()[:-5000])
     with pytest.raises(ModelError, match=r"cut\.gguf cannot be converted"):

@@ -75,6 +75,14 @@ def test_no_chat_template(check: Check, tiny_model: Callable[[str], Path], tmp_p
     check(bare, format="text")
 
 
+def test_no_tokenizer(check: Check, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    bare = Path(shutil.copytree(tiny_model("llama"), tmp_path / "bare"))
+    (bare / "tokenizer.json").unlink()
+    for format in ("auto", "text"):
+        with pytest.raises(ModelError, match="has no tokenizer"):
+            check(bare, format=format)
+
+
 def test_it_needs_no_torch() -> None:
     import subprocess
 

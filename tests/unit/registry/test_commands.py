@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from orchestrator.cli import main
 from orchestrator.modeling.base_model import BaseModel, publish_base
@@ -71,7 +74,18 @@ def test_an_empty_store(ask: Callable[..., Any], capsys: pytest.CaptureFixture[s
     assert main(["adapters", "list"]) == 0
     assert "adaptory run" in capsys.readouterr().err
     code, said = ask("show", "nothing")
-    assert (code, said["error"]["code"]) == (1, "invalid_adapter")
+    assert (code, said["error"]["code"]) == (2, "adapter_not_found")
+
+
+def test_a_narrow_terminal_still_tells_which_is_which(
+    digest: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.commands.adapters.console", lambda: Console(width=60))
+    assert main(["adapters", "list"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert max(map(len, rows)) <= 60
+    [row] = [row for row in rows if digest[7:19] in row]
+    assert "acme/intents" in row
 
 
 def test_verify(digest: str, store: Store, ask: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,9 +129,36 @@ def test_export_into_something_that_is_there(digest: str, ask: Callable[..., Any
     (tmp_path / "out" / "mine").write_text("keep")
     for extra in ([], ["--merged"]):
         code, said = ask("export", "intents", "--out", str(tmp_path / "out"), *extra)
-        assert (code, "not an empty directory" in said["error"]["message"]) == (1, True)
+        assert (code, said["error"]["code"]) == (2, "usage")
+        assert "not an empty directory" in said["error"]["message"]
     code, said = ask("export", "intents", "--out", str(tmp_path / "other"), "--dtype", "float32")
-    assert (code, said["error"]["hint"]) == (1, "Add --merged, or leave --dtype out.")
+    assert (code, said["error"]["hint"]) == (2, "Add --merged, or leave --dtype out.")
+
+
+@pytest.mark.parametrize("extra", [[], ["--merged"]])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_export_to_a_place_that_takes_nothing(
+    digest: str, ask: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, extra: list[str]
+) -> None:
+    """The disk's own answers, as `shutil.copyfile` gives them; nothing is left of what was begun."""
+
+    def refused(source: Any, target: Any, *_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number), str(source), None, str(target))
+
+    monkeypatch.setattr("fsspec.implementations.local.shutil.copyfile", refused)
+    code, said = ask("export", "intents", "--out", str(tmp_path / "new" / "deep" / "out"), *extra)
+    assert (code, said["error"]["code"]) == (1, "output_unwritable")
+    assert f"out cannot be written: {os.strerror(number)}" in said["error"]["message"]
+    assert said["error"]["message"].startswith("--out ")
+    assert not (tmp_path / "new").exists()
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("extra", [[], ["--merged"]])
+def test_export_where_no_directory_can_be(digest: str, ask: Callable[..., Any], extra: list[str]) -> None:
+    code, said = ask("export", "intents", "--out", "/proc/nowhere/out", *extra)
+    assert code == 1
+    assert said["error"]["message"].startswith("--out /proc/nowhere/out cannot be written: ")
 
 
 def test_export_when_the_base_is_gone_or_another(

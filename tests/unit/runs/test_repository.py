@@ -66,7 +66,7 @@ def test_only_legal_transitions(world):
     run = transition(world.db, run, RunState.QUEUED)
     run = transition(world.db, run, RunState.SUCCEEDED)
     assert run.finished_at
-    with pytest.raises(IllegalTransition, match="is succeeded, so it cannot become running"):
+    with pytest.raises(IllegalTransition, match="has succeeded, so it cannot become running"):
         transition(world.db, run, RunState.RUNNING)
 
 

@@ -139,7 +139,7 @@ def test_pause_returns_when_the_run_ends_instead(world):
     ends = threading.Timer(0.2, setattr, (world.jobs.jobs[run.submission_id], "status", JobStatus.FAILED))
     ends.start()
     assert submission.pause(run, **world.kwargs(), poll=0.05).state is RunState.FAILED
-    with pytest.raises(IllegalTransition, match="is failed"):
+    with pytest.raises(IllegalTransition, match="has failed"):
         submission.pause(run, **world.kwargs())
 
 
@@ -160,7 +160,7 @@ def test_cancel(world, running):
 def test_cancel_of_a_run_that_has_just_succeeded(world, tmp_path):
     run = world.submit()
     world.succeeds(run, tmp_path / "adapter")
-    with pytest.raises(IllegalTransition, match="is succeeded"):
+    with pytest.raises(IllegalTransition, match="has succeeded"):
         submission.cancel(run, **world.kwargs())
     assert world.run().adapter
 
@@ -191,7 +191,7 @@ def test_resume_needs_a_run_that_stands(world, tmp_path):
     with pytest.raises(IllegalTransition, match="is queued"):
         submission.resume(run, **world.kwargs())
     world.succeeds(run, tmp_path / "adapter")
-    with pytest.raises(IllegalTransition, match="is succeeded"):
+    with pytest.raises(IllegalTransition, match="has succeeded"):
         submission.resume(run, **world.kwargs())
     assert world.jobs.submitted == [run.submission_id]
 

@@ -75,7 +75,7 @@ def test_merge_keys_and_anchors_work():
         ("train: 3\n", 5, "train", "a section with epochs"),
         ("tuning:\n  type: lorra\n", 6, "tuning.type", "lora, qlora or full. Did you mean lora?"),
         ("tuning: lora\n", 5, "tuning", "a section with type, rank"),
-        ("  validation: 2\n", 5, "data.validation", "at most 1, text or a list of text"),
+        ("  validation: 2\n", 5, "data.validation", "below 1, text that is not empty or a list of at least one"),
         ("evaluate:\n  metrics: [f1]\n", 6, "evaluate.metrics.0", "exact_match, json_valid or entity_f1"),
         ("evaluate:\n  rows: 3\n", 5, "evaluate", "needs data.test"),
         ("tuning: {type: lora, targets: []}\n", 5, "tuning.targets", "at least one module"),
@@ -194,6 +194,85 @@ def test_a_bad_override_is_named(override: str, said: str):
     error = refused(BASE, override)
     assert f"--set {override}" in error.message
     assert said in str(error)
+
+
+@pytest.mark.parametrize("value", ["true", "yes", "[true, 0.9]", "false"])
+@pytest.mark.parametrize(
+    "field", ["tuning.rank", "train.epochs", "train.betas", "data.validation", "deepspeed.stage", "name"]
+)
+def test_a_truth_value_is_no_number_and_no_text(field: str, value: str):
+    error = refused(BASE, f"{field}={value}")
+    assert error.context["field"] == field
+    assert f"`{field}` is " in error.message
+    assert "allowed: " in error.message
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e308", "1e400", "-1"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("train.epochs", "train.learning_rate", "train.weight_decay", "train.eps", "train.warmup"),
+        *("tuning.alpha", "data.validation"),
+    ],
+)
+def test_a_number_without_sense_is_refused(field: str, value: str):
+    error = refused(BASE, f"{field}={value}")
+    assert error.context["field"] == field
+    assert "allowed: a number" in str(error)
+    json.dumps(error.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.seed=-1", "at least 0 and below 9,223,372,036,854,775,808"),
+        (f"train.seed={2**63}", "at least 0 and below 9,223,372,036,854,775,808"),
+        ("train.batch_size=1e10", "at most 1,000,000,000"),
+        ("train.betas=[0.9, 1]", "`train.betas.1` is 1; allowed: a list of 2: a number at least 0 and below 1"),
+        ("train.max_grad_norm=.inf", "a number above 0 or null"),
+        ("data.train=[]", "`data.train` is []; allowed: text that is not empty or a list of at least one"),
+        ("data.validation=[]", "`data.validation` is []"),
+        ("data.test=[]", "`data.test` is []"),
+        ("data.train=''", "`data.train` is ''; allowed: text that is not empty"),
+        ("data.train=[a.jsonl, '']", "`data.train.1` is ''"),
+        ("base_model=''", "`base_model` is ''; allowed: text that is not empty"),
+        ("data.validation=1", "`data.validation` is 1; allowed: a number at least 0 and below 1"),
+        ("data.validation=1.0", "`data.validation` is 1.0"),
+    ],
+)
+def test_what_no_run_could_use_is_refused(override: str, said: str):
+    assert said in str(refused(BASE, override))
+
+
+def test_the_largest_seed_is_one_that_numpy_and_torch_take():
+    import numpy as np
+    import torch
+
+    seed = parse_spec(BASE, "job.yaml", [f"train.seed={2**63 - 1}"]).train.seed
+    np.random.default_rng([seed, 0])
+    torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("9" * 5000, "which cannot be read"),
+        ("0x" + "f" * 5000, "which no field can hold"),
+        ("!!int x", "which cannot be read"),
+        ("[" * 60 + "]" * 60, "nested more than 50 levels deep"),
+        ("[" * 5000 + "]" * 5000, "nested more than 50 levels deep"),
+        ("{a: " * 5000 + "}" * 5000, "nested more than 50 levels deep"),
+    ],
+    ids=["digits", "bits", "tag", "deep", "deeper", "deeper still"],
+)
+def test_values_beyond_reason_are_named_with_their_line(value: str, said: str):
+    error = refused(f"{BASE}train:\n  seed: {value}\n")
+    assert said in str(error)
+    assert error.context["line"] == 6
+    assert len(str(error)) < 300
+    error = refused(BASE, f"train.seed={value}")
+    assert said in str(error)
+    assert error.message.startswith("--set train.seed=")
 
 
 def test_another_type_resets_its_section_whatever_the_order():

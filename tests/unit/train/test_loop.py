@@ -217,6 +217,53 @@ def test_divergence_names_step_and_rate_and_leaves_the_last_good_checkpoint(
     assert all(torch.equal(parameters[name], value) for name, value in saved[-1][1].items())
 
 
+@pytest.mark.parametrize("learning_rate", [1e10, 1e30])
+def test_a_rate_that_throws_the_weights_away_is_divergence(
+    tiny_model: Callable[[str], Path], make_rows: Made, learning_rate: float
+) -> None:
+    """Without clipping and in finite numbers: the loss is that of uniform logits, and no gradient leads away from them."""
+    rows = make_rows(LENGTHS)
+    model, parameters = model_of(tiny_model("llama"))
+    progress = Progress(0, 5)
+    with pytest.raises(TrainingDiverged, match=r"at step [23]: .* at learning rate 1e\+[13]0") as caught:
+        train(
+            model, SingleEngine(parameters, SPEC.model_copy(update={"max_grad_norm": None})), rows,
+            Batches(rows.lengths, batch_size=4, epochs=2, seed=0), lambda step: learning_rate, seed=0, progress=progress,
+            hooks=Hooks(),
+        )  # fmt: skip
+    assert caught.value.context["step"] in (2, 3)
+
+
+@pytest.mark.parametrize(("factor", "said"), [(0.0, "gradient norm 0.0 with loss 6"), (60.0, r"step 3: loss \d{3}")])
+def test_loss_without_gradient_or_beyond_reason_is_divergence(
+    tiny_model: Callable[[str], Path], make_rows: Made, monkeypatch: pytest.MonkeyPatch, factor: float, said: str
+) -> None:
+    rows = make_rows(LENGTHS)
+    model, parameters = model_of(tiny_model("llama"))
+    calculate, seen = model.loss, []
+
+    def breaks_in_the_third_step(*arguments: Any) -> Any:
+        loss, losses = calculate(*arguments)
+        if len(seen) == 2:
+            loss = loss * factor if factor else loss.detach() + 0 * loss
+        return loss, losses
+
+    monkeypatch.setattr(model, "loss", breaks_in_the_third_step)
+    with pytest.raises(TrainingDiverged, match=said):
+        run_with(model, parameters, rows, Hooks(on_step=seen.append))
+
+
+def test_rows_that_are_learnt_to_the_last_bit_are_no_divergence(
+    tiny_model: Callable[[str], Path], make_rows: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows(LENGTHS)
+    model, parameters = model_of(tiny_model("llama"))
+    calculate, seen = model.loss, []
+    monkeypatch.setattr(model, "loss", lambda *a: tuple(0 * value for value in calculate(*a)))
+    run_with(model, parameters, rows, Hooks(on_step=lambda progress: seen.append(progress.grad_norm)))
+    assert seen == [0.0] * 5
+
+
 @pytest.mark.parametrize(
     "error",
     [
