@@ -71,7 +71,7 @@ def _run(store: Store, run: str, attempt: int, events: EventWriter, began: float
     import ray.train
 
     from cluster.resources import cluster_resources, fit
-    from jobs.train.group import EndOnOurErrors, explained
+    from jobs.train.group import EndOnLastingErrors, explained
 
     ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env={"env_vars": _for_workers()})
     shape = fit(resolved.spec.resources, cluster_resources())
@@ -101,9 +101,10 @@ def _run(store: Store, run: str, attempt: int, events: EventWriter, began: float
             storage_path=storage,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=resolved.spec.resources.max_failures),
-            callbacks=[EndOnOurErrors()],  # type: ignore[list-item]  # it names Tune's class, and takes its own
+            callbacks=[EndOnLastingErrors()],  # type: ignore[list-item]  # it names Tune's class, and takes its own
         ),
     )
+    events.emit("phase", phase="waiting for workers")
     try:
         unwritten = trainer.fit().return_value
     except ray.train.TrainingFailedError as error:

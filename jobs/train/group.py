@@ -8,17 +8,26 @@ import ray.train
 
 from orchestrator.errors import AdaptoryError, JobFailed, OutOfMemory
 
+_DEFECTS = (TypeError, ValueError, LookupError, AttributeError, NameError, SyntaxError, ImportError, AssertionError)
 
-class EndOnOurErrors(ray.train.UserCallback):
-    """Ends the group when one of its workers raised an error of ours, which starting it again would only repeat.
+
+class EndOnLastingErrors(ray.train.UserCallback):
+    """Ends the group when one of its workers raised what starting it again would only repeat: an error of ours, or a defect.
 
     Ray Train restarts a failed group whatever it failed of; but what a callback raises ends it for good.
     """
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        for failure in worker_exceptions.values():
-            if (ours := _ours(failure)) is not None:
-                raise ours
+        for rank, failure in worker_exceptions.items():
+            if (lasting := _cause(failure, AdaptoryError)) is not None:
+                raise lasting
+            if (defect := _cause(failure, _DEFECTS)) is not None:
+                raise JobFailed(
+                    f"Worker {rank} failed with {type(defect).__name__}: {defect}",
+                    hint="`adaptory runs logs` shows where. This is a fault of Adaptory, or of a package it uses: please "
+                    "report it with that log.",
+                    log=str(failure)[-4000:],
+                )
 
 
 def explained(error: ray.train.TrainingFailedError, max_failures: int) -> AdaptoryError:
@@ -30,7 +39,7 @@ def explained(error: ray.train.TrainingFailedError, max_failures: int) -> Adapto
     workers = list(getattr(error, "worker_failures", {}).values())
     failures = workers or [getattr(error, "controller_failure", error)]
     for failure in failures:
-        if (ours := _ours(failure)) is not None:
+        if (ours := _cause(failure, AdaptoryError)) is not None:
             return ours
     text = str(failures[0]).strip()
     if "memory" in text.lower() and ("killed" in text.lower() or "OOM" in text or "OutOfMemory" in text):
@@ -49,8 +58,8 @@ def explained(error: ray.train.TrainingFailedError, max_failures: int) -> Adapto
     )
 
 
-def _ours(failure: BaseException | None) -> AdaptoryError | None:
-    """The AdaptoryError that a failure is, or that it was wrapped around."""
-    while failure is not None and not isinstance(failure, AdaptoryError):
+def _cause(failure: BaseException | None, kind: Any) -> Any:
+    """The exception of this kind that a failure is, or that it was wrapped around; None if there is none."""
+    while failure is not None and not isinstance(failure, kind):
         failure = getattr(failure, "cause", None) or failure.__cause__
     return failure

@@ -20,7 +20,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from orchestrator.errors import OutOfMemory, StoreError
+from orchestrator.errors import JobFailed, OutOfMemory, StoreError
 from orchestrator.runs.events import read_events
 from orchestrator.runs.logs import read_logs
 from orchestrator.runs.result import RunResult
@@ -115,6 +115,19 @@ def test_memory_that_runs_out_on_one_rank_ends_the_group(make_job: Make, drive: 
     assert f"Set train.micro_batch_tokens to {result.error['tokens'] // 2}" in result.error["hint"]
     assert starts(job) == 1  # what a person must change is not tried again
     assert not any("Traceback" in line.message for line in read_logs(job.store, job.resolved.run))
+
+
+def test_a_defect_is_named_and_not_tried_again(make_job: Make, drive: Any) -> None:
+    job = make_job(resources=TWO | {"workers": 1})
+    done = drive(job, "int('three')")
+    result = result_of(job, done)
+    assert result.state is RunState.FAILED
+    assert result.error is not None
+    assert result.error["code"] == JobFailed.code
+    assert "Worker 0 failed with ValueError: invalid literal for int()" in result.error["message"]
+    assert (
+        sum(event.type == "phase" for event in read_events(job.store, job.resolved.run)) == 1
+    )  # it waited for workers once
 
 
 @pytest.fixture
