@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from orchestrator.names import NAME_PATTERN
+
 
 class SpecModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
@@ -205,10 +207,10 @@ class EvaluateSpec(SpecModel):
 
 
 class JobSpec(SpecModel):
-    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
     """Unique among the tenant's runs: lower-case letters, digits and dashes, at most 63."""
 
-    tenant: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")] = "default"
+    tenant: Annotated[str, Field(pattern=NAME_PATTERN)] = "default"
     """Owner of the run and of what comes out of it."""
 
     base_model: Reference
