@@ -17,7 +17,7 @@ Result = dict[str, Any]
 
 
 def measure(python: str, script: str, options: Result, *, patience: float = 1200, **environment: str) -> Result:
-    """Run one side to its end; the last line it prints is JSON.
+    """Run one side to its end; its last line that is an object of JSON is the result (libraries say more at their exit).
 
     Args:
         python: interpreter of the side's environment.
@@ -40,7 +40,10 @@ def measure(python: str, script: str, options: Result, *, patience: float = 1200
         raise RuntimeError(f"{script} took over {error.timeout:.0f} seconds") from error
     if done.returncode:
         raise RuntimeError((done.stderr or f"{script} ended with {done.returncode}")[-4000:])
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    results = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not results:
+        raise RuntimeError(f"{script} printed no result: {done.stdout[-2000:]} {done.stderr[-2000:]}")
+    return json.loads(results[-1])
 
 
 def environment(name: str, pins: Path, without: tuple[str, ...] = ()) -> str:
