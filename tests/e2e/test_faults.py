@@ -200,7 +200,7 @@ def test_a_paused_run_frees_the_cluster_and_goes_on_where_it_was(person: Person,
 
 
 def test_cancelling_ends_the_job_and_frees_its_cpus(person: Person) -> None:
-    run = person.submits("cancelled", train={"max_steps": 100_000, "epochs": 100_000})
+    run = person.submits("cancelled", train={"max_steps": 100_000, "epochs": 10_000})
     person.waits_for_a_checkpoint(run)
     assert len(person.workers()) == 1
     done = person.types("runs", "cancel", "cancelled")
