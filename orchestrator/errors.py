@@ -96,6 +96,33 @@ class AdapterError(AdaptoryError):
     code = "invalid_adapter"
 
 
+class AdapterNotFound(AdapterError):
+    """No adapter, version or alias has this name. Context: `adapter`."""
+
+    code = "adapter_not_found"
+    exit_code = 2
+
+
+class SignatureInvalid(AdapterError):
+    """An adapter that is not signed, is signed by a key that is not trusted, or was changed since. Context: `check`, which
+    is `signature`."""
+
+    code = "signature_invalid"
+
+
+class AliasMoved(AdapterError):
+    """An alias does not stand where the caller thought, so it was not moved. Context: `alias`, `expected`, `found`."""
+
+    code = "alias_moved"
+
+
+class KeyUnusable(AdaptoryError):
+    """A signing or trusted key that is not there, not readable or of another kind. Context: `path`."""
+
+    code = "key_unusable"
+    exit_code = 2
+
+
 class StoreError(AdaptoryError):
     """The artifact store cannot be read or written. Context: `url`, `path`."""
 
