@@ -11,9 +11,11 @@ from pathlib import Path
 from orchestrator.errors import AdapterError, AdaptoryError
 from orchestrator.modeling.adapter_files import CONFIG_FILE
 from orchestrator.modeling.base_model import known_base, materialize
-from orchestrator.registry.adapters import AdapterSummary, get_adapter, read_provenance
+from orchestrator.registry.adapters import AdapterSummary, get_adapter
 from orchestrator.registry.provenance import PROVENANCE_FILE
-from orchestrator.store import MANIFEST, Store, adapter_path, base_path
+from orchestrator.registry.signing import SIGNATURE_FILE, Trust
+from orchestrator.registry.verification import Fetched, fetch_verified
+from orchestrator.store import Store, base_path
 
 
 def export_adapter(
@@ -22,11 +24,13 @@ def export_adapter(
     out: Path,
     *,
     cache: Path,
+    trust: Trust,
     merged: bool = False,
     dtype: str | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Path:
-    """Write the adapter to `out`, which appears when it is complete; returns it.
+    """Write the adapter to `out`, which appears when it is complete; returns it. The signature stays behind: what is
+    written names its base as this machine knows it, and so differs from what was signed.
 
     Args:
         merged: full weights that plain transformers loads, instead of PEFT's files.
@@ -35,7 +39,7 @@ def export_adapter(
 
     Raises:
         AdapterError: no such adapter, `out` is taken, or the base is not the one it was trained on.
-        CorruptObject: its bytes were changed.
+        CorruptObject, SignatureInvalid: it is not what was published and signed.
         ModelError, PackageError: the base cannot be had (merging only).
     """
     say = say or (lambda _: None)
@@ -47,13 +51,14 @@ def export_adapter(
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".tmp-{uuid.uuid4().hex}"
     try:
-        store.fetch(adapter_path(digest), partial)
-        (partial / MANIFEST).unlink(missing_ok=True)
+        fetched = fetch_verified(store, digest, partial, trust)
+        summary = fetched.summary
+        (partial / SIGNATURE_FILE).unlink()
         if summary.kind == "lora" and merged:
             _merge(partial, find_base(store, summary, cache=cache, say=say), out, dtype)
             return out
         if summary.kind == "lora":
-            _name_the_base(partial, store, summary, cache, say)
+            _name_the_base(partial, store, fetched, cache, say)
         partial.replace(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -89,14 +94,12 @@ def _merge(adapter: Path, base: Path, out: Path, dtype: str | None) -> None:
     shutil.copyfile(adapter / PROVENANCE_FILE, out / PROVENANCE_FILE)
 
 
-def _name_the_base(
-    directory: Path, store: Store, summary: AdapterSummary, cache: Path, say: Callable[[str], None]
-) -> None:
+def _name_the_base(directory: Path, store: Store, fetched: Fetched, cache: Path, say: Callable[[str], None]) -> None:
     """Make `base_model_name_or_path` something that loads here: a hub id, else this machine's directory."""
-    file, name = directory / CONFIG_FILE, read_provenance(store, summary.digest).base_model.loadable_name
+    file, name = directory / CONFIG_FILE, fetched.provenance.base_model.loadable_name
     if name is None or Path(name).is_absolute():  # of the machine that trained it
         try:
-            name = str(find_base(store, summary, cache=cache, say=say))
+            name = str(find_base(store, fetched.summary, cache=cache, say=say))
         except AdaptoryError as error:
             say(f"Note: the base model is not here, so {CONFIG_FILE} names it as the run did. {error.message}")
             return

@@ -32,6 +32,15 @@ class BaseModelRecord(BaseModel):
     """What `from_pretrained` takes: a hub id, if it has one."""
 
 
+class ImportRecord(BaseModel):
+    """Of an adapter that was trained elsewhere."""
+
+    source: str
+    """The directory it came from, as it was named."""
+    by: str
+    """Who imported it."""
+
+
 class Provenance(BaseModel):
     """Everything needed to say how an adapter was made, and to make it again."""
 
@@ -40,16 +49,16 @@ class Provenance(BaseModel):
     schema_version: Literal[1] = 1
     tenant: str
     name: str
-    """Of the run."""
-    run: str
-    """Run id."""
-    attempt: int
-    step: int
+    """Of the run, or the one it was imported under."""
+    run: str | None = None
+    """Run id; None, with what belongs to it, for an adapter that was trained elsewhere."""
+    attempt: int | None = None
+    step: int | None = None
     """Optimiser step whose weights these are."""
     created_at: float
     """Seconds since the epoch."""
     base_model: BaseModelRecord
-    spec: dict[str, Any]
+    spec: dict[str, Any] = Field(default_factory=dict)
     """The resolved spec, as JSON."""
     data: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of each data source, by its name."""
@@ -58,11 +67,12 @@ class Provenance(BaseModel):
     versions: dict[str, str] = Field(default_factory=dict)
     """Of Python and the packages that made it."""
     hardware: dict[str, Any] = Field(default_factory=dict)
-    seed: int
-    dtype: str
+    seed: int | None = None
+    dtype: str | None = None
     """Of activations and frozen weights in training."""
     metrics: dict[str, float] = Field(default_factory=dict)
     evaluation: EvaluationResult | None = None
+    imported: ImportRecord | None = None
 
     @staticmethod
     def of(
