@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from orchestrator import __version__
-from orchestrator.commands import adapters, cluster, data, runs, schema
+from orchestrator.commands import adapter_versions, adapters, cluster, data, runs, schema
 from orchestrator.commands.output import print_error, say
 from orchestrator.errors import AdaptoryError
 
@@ -37,7 +37,8 @@ def _mount(part: typer.Typer, name: str, words: str) -> None:
 
 
 runs.register(app)
-_mount(adapters.app, "adapters", "List, show, verify and export what was trained.")
+adapter_versions.register(adapters.app)
+_mount(adapters.app, "adapters", "List, show, import, promote, verify and export what was trained.")
 _mount(data.app, "data", "Look at training data before a run does.")
 _mount(runs.app, "runs", "List, show, watch, stop and resume runs.")
 schema.register(app)
