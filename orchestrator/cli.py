@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from orchestrator import __version__
-from orchestrator.commands import adapters, cluster, data, keys, routes, runs, schema, tenants, usage
+from orchestrator.commands import adapter_versions, adapters, cluster, data, keys, routes, runs, schema, tenants, usage
 from orchestrator.commands.output import print_error, say
 from orchestrator.errors import AdaptoryError, UsageError
 from orchestrator.redaction import redact
@@ -38,7 +38,8 @@ def _mount(part: typer.Typer, name: str, words: str) -> None:
 
 
 runs.register(app)
-_mount(adapters.app, "adapters", "List, show, verify and export what was trained.")
+adapter_versions.register(adapters.app)
+_mount(adapters.app, "adapters", "List, show, import, promote, verify and export what was trained.")
 _mount(data.app, "data", "Look at training data before a run does.")
 _mount(keys.app, "keys", "Make, rotate and revoke API keys.")
 _mount(routes.app, "routes", "Say which adapters answer under which public name.")

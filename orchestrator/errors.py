@@ -119,9 +119,29 @@ class AdapterError(AdaptoryError):
 
 
 class AdapterNotFound(AdapterError):
-    """Nothing, or more than one thing, is published under this name. Context: `adapter`."""
+    """No adapter, version or alias has this name, or more than one has. Context: `adapter`."""
 
     code = "adapter_not_found"
+    exit_code = 2
+
+
+class SignatureInvalid(AdapterError):
+    """An adapter that is not signed, is signed by a key that is not trusted, or was changed since. Context: `check`, which
+    is `signature`."""
+
+    code = "signature_invalid"
+
+
+class AliasMoved(AdapterError):
+    """An alias does not stand where the caller thought, so it was not moved. Context: `alias`, `expected`, `found`."""
+
+    code = "alias_moved"
+
+
+class KeyUnusable(AdaptoryError):
+    """A signing or trusted key that is not there, not readable or of another kind. Context: `path`."""
+
+    code = "key_unusable"
     exit_code = 2
 
 

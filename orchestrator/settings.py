@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from orchestrator.errors import SettingsError
 
@@ -31,10 +32,31 @@ class Settings(BaseSettings):
     tenant: str = "default"
     """Owner of what is created when nothing else says so."""
 
-    @field_validator("home")
+    signing_key: Path | None = None
+    """PEM file of the private key (ECDSA on P-256, P-384 or P-521) that signs adapters; default: one of this machine's own,
+    made on first use in `home`/keys."""
+
+    trusted_keys: Annotated[tuple[Path, ...], NoDecode] = ()
+    """PEM files of public keys whose signatures count beside our own, with commas between them: of another machine with the
+    same store, or of a key that was replaced."""
+
+    max_rank: int = Field(default=256, ge=1)
+    """Largest LoRA rank that an import admits."""
+
+    @field_validator("trusted_keys", mode="before")
     @classmethod
-    def _expand(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+    def _split(cls, value: object) -> object:
+        return tuple(part for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("home", "signing_key")
+    @classmethod
+    def _expand(cls, value: Path | None) -> Path | None:
+        return value.expanduser().absolute() if value else None
+
+    @field_validator("trusted_keys")
+    @classmethod
+    def _expand_all(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        return tuple(path.expanduser().absolute() for path in value)
 
     @property
     def database(self) -> str:

@@ -249,7 +249,18 @@ class Store:
         manifest = Manifest(files=files, metadata=metadata or {})
         for name in files:
             self._upload(directory / name, f"{prefix}/{name}")
-        self.write(f"{prefix}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
+        self._write_manifest(prefix, manifest)
+        return manifest
+
+    def add(self, prefix: str, file: Path) -> Manifest:
+        """Put one more file into a published directory, or replace it, and its entry into the manifest after that. Of
+        several processes only one may do this at a time."""
+        manifest = self.manifest(prefix)
+        if manifest is None:
+            raise ObjectMissing(f"There is nothing complete at {self.url}/{prefix}.", url=self.url, path=prefix)
+        manifest.files[file.name] = ManifestFile(size=file.stat().st_size, sha256=sha256_file(file))
+        self._upload(file, f"{prefix}/{file.name}")
+        self._write_manifest(prefix, manifest)
         return manifest
 
     def manifest(self, prefix: str) -> Manifest | None:
@@ -282,6 +293,9 @@ class Store:
         self.delete(path)
 
     # details
+
+    def _write_manifest(self, prefix: str, manifest: Manifest) -> None:
+        self.write(f"{prefix}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
 
     def _upload(self, local: Path, path: str) -> None:
         target = self.full(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,11 +25,17 @@ from orchestrator.commands.output import (
 if TYPE_CHECKING:
     from orchestrator.registry.adapters import AdapterSummary
     from orchestrator.registry.provenance import Provenance
+    from orchestrator.registry.versions import AdapterVersion
 
 app = typer.Typer(no_args_is_help=True, epilog="Example: adaptory adapters list")
 
 Reference = Annotated[
-    str, typer.Argument(metavar="ADAPTER", help="A run's name or id, or a digest or its first six or more digits.")
+    str,
+    typer.Argument(
+        metavar="ADAPTER",
+        help="acme/intents@production, acme/intents@3 or acme/intents@sha256:…; a run's name or id; or a digest or its "
+        "first six or more digits.",
+    ),
 ]
 
 
@@ -65,34 +71,36 @@ def list_(
 @app.command("show", epilog="Example: adaptory adapters show finance-entities")
 def show(adapter: Reference, as_json: Json = False) -> None:
     """Show an adapter and where it came from."""
-    from orchestrator.registry.adapters import get_adapter, read_provenance, resolve_adapter
+    from orchestrator.registry.adapters import get_adapter, read_provenance
+    from orchestrator.registry.versions import list_versions
 
-    store = Backend().store
-    digest = resolve_adapter(store, adapter)
+    backend, digest = resolved(adapter)
+    store = backend.store
     summary, provenance = get_adapter(store, digest), read_provenance(store, digest)
+    versions = list_versions(backend.db, digest=digest)
     if as_json:
         print_json(
             {
                 **summary.model_dump(mode="json"),
                 "url": _url(store.url, digest),
+                "versions": [version_json(version) for version in versions],
                 "provenance": provenance.model_dump(mode="json"),
             }
         )
         return
-    _show(summary, provenance, _url(store.url, digest))
+    _show(summary, provenance, versions, _url(store.url, digest))
 
 
 @app.command("verify", epilog="Example: adaptory adapters verify 3f2a9c")
 def verify(adapter: Reference, as_json: Json = False) -> None:
-    """Check every byte, shape and number of an adapter, and that its name is the digest of its content."""
+    """Check signature, bytes, shapes and numbers of an adapter, and that its name is the digest of its content."""
     from orchestrator.modeling.base_model import known_base
     from orchestrator.registry import verification
-    from orchestrator.registry.adapters import get_adapter, resolve_adapter
+    from orchestrator.registry.adapters import get_adapter
 
-    backend = Backend()
-    digest = resolve_adapter(backend.store, adapter)
+    backend, digest = resolved(adapter)
     base = known_base(get_adapter(backend.store, digest).base_digest, backend.settings.cache)  # nothing is downloaded
-    report = verification.verify(backend.store, digest, base=base)
+    report = verification.verify(backend.store, digest, trust=backend.keys.trust(), base=base)
     if as_json:
         print_json({"ok": report.ok, **report.model_dump(mode="json")})
     else:
@@ -117,16 +125,15 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write an adapter as a PEFT directory, or merged into its base model."""
-    from orchestrator.registry.adapters import resolve_adapter
     from orchestrator.registry.export import export_adapter
 
-    backend = Backend()
-    digest = resolve_adapter(backend.store, adapter)
+    backend, digest = resolved(adapter)
     path = export_adapter(
         backend.store,
         digest,
         out.expanduser().absolute(),
         cache=backend.settings.cache,
+        trust=backend.keys.trust(),
         merged=merged,
         dtype=dtype.value if dtype else None,
         say=say,
@@ -139,11 +146,36 @@ def export(
     console().print(f"Wrote {path}. Load it with {load}.from_pretrained({str(path)!r}).", soft_wrap=True)
 
 
-def _show(summary: AdapterSummary, provenance: Provenance, url: str) -> None:
-    out, measured = console(), provenance.evaluation
+def opened() -> Backend:
+    """The parts, after what runs have published meanwhile was taken over and signed."""
+    from orchestrator.runs.repository import open_attempts
+
+    backend = Backend()
+    if open_attempts(backend.db):
+        backend.reconcile()
+    return backend
+
+
+def resolved(reference: str) -> tuple[Backend, str]:
+    """The parts, and the digest that a reference means."""
+    from orchestrator.registry.references import resolve
+
+    backend = opened()
+    return backend, resolve(backend.db, backend.store, reference, tenant=backend.settings.tenant)
+
+
+def version_json(version: AdapterVersion) -> dict[str, Any]:
+    return {"reference": version.reference, **version.model_dump(mode="json")}
+
+
+def _show(summary: AdapterSummary, provenance: Provenance, versions: list[AdapterVersion], url: str) -> None:
+    out, measured, imported = console(), provenance.evaluation, provenance.imported
+    known = (v.reference + (f" ({', '.join(v.aliases)})" if v.aliases else "") for v in versions)
     pairs = [
         ("digest", summary.digest),
-        ("run", f"{summary.run} (attempt {summary.attempt}, step {summary.step})"),
+        ("versions", ", ".join(known)),
+        ("run", f"{summary.run} (attempt {summary.attempt}, step {summary.step})" if summary.run else None),
+        ("imported", f"by {imported.by} from {imported.source}" if imported else None),
         ("tenant", summary.tenant),
         ("base model", summary.base_model),
         ("base digest", summary.base_digest),

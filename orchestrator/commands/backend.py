@@ -11,6 +11,7 @@ from orchestrator.errors import AdaptoryError, ClusterError
 
 if TYPE_CHECKING:
     from orchestrator.db import Database
+    from orchestrator.registry.signing import Keys
     from orchestrator.runs.client import JobClient
     from orchestrator.runs.run import Run
     from orchestrator.settings import Settings
@@ -50,6 +51,12 @@ class Backend:
             return f"uid-{os.getuid()}@{socket.gethostname()}"
 
     @cached_property
+    def keys(self) -> Keys:
+        from orchestrator.registry.signing import Keys
+
+        return Keys.of(self.settings)
+
+    @cached_property
     def jobs(self) -> JobClient:
         """The cluster; a local Ray is started if none runs, and says so."""
         import cluster
@@ -74,7 +81,9 @@ class Backend:
         """Bring the database up to date with Ray and the store; what cannot be asked now is said and left as it is."""
         from orchestrator.runs.reconcile import reconcile
 
-        report = reconcile(self.db, self.store, self.jobs_if_running, ray_address=self.settings.ray_address)
+        report = reconcile(
+            self.db, self.store, self.jobs_if_running, ray_address=self.settings.ray_address, keys=self.keys
+        )
         for warning in report.warnings:
             say(f"Warning: {warning}")
 

@@ -75,6 +75,7 @@ def _follow(backend: Backend, run: Run, *, as_json: bool) -> None:
         store=backend.store,
         jobs=backend.jobs_if_running,
         ray_address=backend.settings.ray_address,
+        keys=backend.keys,
     )
     try:
         if as_json:

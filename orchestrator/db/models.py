@@ -142,6 +142,64 @@ class AdapterRow(Base):
     __table_args__ = (Index("ix_adapters_tenant_name", "tenant", "name"), Index("ix_adapters_run_id", "run_id"))
 
 
+class AdapterVersionRow(Base):
+    """A digest under a tenant's name. Equal digests of one name are one version; a number is never used twice."""
+
+    __tablename__ = "adapter_versions"
+
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    digest: Mapped[str] = mapped_column(String(80))
+    run_id: Mapped[str | None] = mapped_column(String(80))
+    """Null for an adapter that was trained elsewhere."""
+    created_at: Mapped[float] = mapped_column(Double)
+    created_by: Mapped[str] = mapped_column(String(120))
+
+    __table_args__ = (
+        Index("uq_adapter_versions_tenant_name_digest", "tenant", "name", "digest", unique=True),
+        Index("ix_adapter_versions_digest", "digest"),
+    )
+
+
+class AdapterAliasRow(Base):
+    """Which version an alias names now; where it stood before is in the audit trail."""
+
+    __tablename__ = "adapter_aliases"
+
+    tenant: Mapped[str] = mapped_column(String(63), primary_key=True)
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    alias: Mapped[str] = mapped_column(String(63), primary_key=True)
+    number: Mapped[int]
+    updated_at: Mapped[float] = mapped_column(Double)
+
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["tenant", "name", "number"],
+            ["adapter_versions.tenant", "adapter_versions.name", "adapter_versions.number"],
+            name="fk_adapter_aliases_adapter_versions",
+        ),
+    )
+
+
+class AuditRow(Base):
+    """Who changed what, and when. The database itself refuses to change or remove a row (a trigger of the migration)."""
+
+    __tablename__ = "audit"
+
+    seq: Mapped[int] = mapped_column(Counter, primary_key=True, autoincrement=True)
+    created_at: Mapped[float] = mapped_column(Double)
+    actor: Mapped[str] = mapped_column(String(120))
+    action: Mapped[str] = mapped_column(String(64))
+    """`<kind>.<verb>`: `alias.move`, `adapter.register`."""
+    subject: Mapped[str] = mapped_column(String(200))
+    """What was changed, as a person names it: `acme/intents@production`."""
+    before: Mapped[Any | None] = mapped_column(Json)
+    after: Mapped[Any | None] = mapped_column(Json)
+
+    __table_args__ = (Index("ix_audit_subject", "subject"),)
+
+
 class LeaseRow(Base):
     __tablename__ = "leases"
 

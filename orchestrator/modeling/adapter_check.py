@@ -159,9 +159,9 @@ def _number_problems(pairs: dict[str, dict[str, RawTensor]]) -> Iterator[Problem
     effect = False
     for module, pair in pairs.items():
         for side, tensor in pair.items():
-            if (numbers := _numbers(tensor)) is None:
+            if (values := numbers(tensor)) is None:
                 yield Problem("shape", f"{module}.lora_{side} has dtype {tensor.dtype}, not a plain float")
-            elif bad := int(numbers.size - np.isfinite(numbers).sum()):
+            elif bad := int(values.size - np.isfinite(values).sum()):
                 yield Problem("finite", f"{module}.lora_{side} has {bad} values that are NaN or infinite")
         effect = effect or (len(pair) == 2 and all(_any_nonzero(tensor) for tensor in pair.values()))
     if not effect:
@@ -182,8 +182,8 @@ def _magnitude_problems(config: AdapterConfig, pairs: dict[str, dict[str, RawTen
 def _update_size(pair: dict[str, RawTensor], scale: float) -> float | None:
     """Root mean square of scale · B · A, by ||BA||² = tr(BᵀB · AAᵀ), so that no full matrix is made; None if `pair` is
     none, or its numbers are not finite."""
-    numbers = {side: _numbers(tensor) for side, tensor in pair.items()}
-    a, b = numbers.get("A"), numbers.get("B")
+    flat = {side: numbers(tensor) for side, tensor in pair.items()}
+    a, b = flat.get("A"), flat.get("B")
     if a is None or b is None or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return None
     shapes = pair["A"].shape, pair["B"].shape
@@ -194,8 +194,8 @@ def _update_size(pair: dict[str, RawTensor], scale: float) -> float | None:
     return float(abs(scale) * np.sqrt(max(0.0, squares) / (a.shape[1] * b.shape[0])))
 
 
-def _numbers(tensor: RawTensor) -> np.ndarray | None:
-    """Flat values; bfloat16 is the upper half of a float32."""
+def numbers(tensor: RawTensor) -> np.ndarray | None:
+    """Flat values, None for a dtype that is no plain float; bfloat16 is the upper half of a float32."""
     if tensor.dtype == "BF16":
         return (np.frombuffer(tensor.data, "<u2").astype(np.uint32) << 16).view(np.float32)
     kind = _NUMPY.get(tensor.dtype)
@@ -203,5 +203,5 @@ def _numbers(tensor: RawTensor) -> np.ndarray | None:
 
 
 def _any_nonzero(tensor: RawTensor) -> bool:
-    numbers = _numbers(tensor)
-    return numbers is not None and bool(np.any(numbers))
+    values = numbers(tensor)
+    return values is not None and bool(np.any(values))

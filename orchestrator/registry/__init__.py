@@ -1,1 +1,1 @@
-"""Adapters by digest, with provenance."""
+"""Adapters by digest: provenance, signatures, numbered versions and the aliases that name them."""

@@ -29,6 +29,7 @@ from orchestrator.modeling.adapter_files import (
 from orchestrator.modeling.model_files import base_digest as weights_digest
 from orchestrator.modeling.model_files import check_directory, tensor_shapes, weight_files
 from orchestrator.registry.provenance import PROVENANCE_FILE, Origin, Provenance
+from orchestrator.registry.signing import Keys
 from orchestrator.runs.result import RunResult
 from orchestrator.store import Manifest, Store, adapter_path, result_path, spec_path
 
@@ -60,22 +61,28 @@ class AdapterSummary(Origin):
 
 
 def publish_adapter(
-    store: Store, directory: Path, base_digest: str, provenance: Provenance, *, base: Path | None = None
+    store: Store,
+    directory: Path,
+    base_digest: str,
+    provenance: Provenance,
+    *,
+    base: Path | None = None,
+    keys: Keys | None = None,
 ) -> str:
     """Check and publish a LoRA adapter; returns its digest (`sha256:…`). Publishing it again changes nothing.
 
     Args:
         directory: `adapter_config.json` and `adapter_model.safetensors`.
         base: the base model's directory, to check the shapes against.
+        keys: sign it; a job has none, and what it publishes is signed when its result is taken over.
 
     Raises:
         AdapterError: damaged, not finite, without effect, or not of this base: nothing is published.
     """
     check_adapter(directory, base)
     digest = adapter_digest(directory, base_digest)
-    return _publish(
-        store, directory, [CONFIG_FILE, WEIGHTS_FILE], lora_summary(directory, digest, provenance), provenance
-    )
+    summary = lora_summary(directory, digest, provenance)
+    return _publish(store, directory, [CONFIG_FILE, WEIGHTS_FILE], summary, provenance, keys)
 
 
 def publish_weights(store: Store, directory: Path, provenance: Provenance) -> str:
@@ -88,10 +95,17 @@ def publish_weights(store: Store, directory: Path, provenance: Provenance) -> st
     digest = weights_digest(directory, str(directory), None)
     ours = (PROVENANCE_FILE, "README.md")
     names = [file.name for file in sorted(directory.iterdir()) if file.is_file() and file.name not in ours]
-    return _publish(store, directory, names, full_summary(directory, digest, provenance), provenance)
+    return _publish(store, directory, names, full_summary(directory, digest, provenance), provenance, None)
 
 
-def _publish(store: Store, directory: Path, names: list[str], summary: AdapterSummary, provenance: Provenance) -> str:
+def _publish(
+    store: Store,
+    directory: Path,
+    names: list[str],
+    summary: AdapterSummary,
+    provenance: Provenance,
+    keys: Keys | None,
+) -> str:
     prefix = adapter_path(summary.digest)
     if store.manifest(prefix) is not None:
         return summary.digest
@@ -101,6 +115,8 @@ def _publish(store: Store, directory: Path, names: list[str], summary: AdapterSu
             _link_or_copy(directory / name, staged / name)
         (staged / PROVENANCE_FILE).write_text(provenance.model_dump_json(indent=2) + "\n")
         (staged / "README.md").write_text(model_card(summary, provenance))
+        if keys is not None:
+            keys.sign(staged)
         store.publish(prefix, staged, summary.model_dump(mode="json"))
     return summary.digest
 
@@ -164,9 +180,11 @@ def model_card(summary: AdapterSummary, provenance: Provenance) -> str:
     head = ["library_name: " + ("peft" if summary.kind == "lora" else "transformers")]
     head += [f"base_model: {hub}"] if hub and not hub.startswith("/") else []
     what = f"LoRA, rank {summary.rank}, alpha {summary.alpha:g}" if summary.kind == "lora" else "all weights"
-    lines = ["---", *head, "---", f"# {summary.name}", "", f"Fine-tuned by Adaptory from {summary.base_model}: {what}."]
+    made = "Fine-tuned by Adaptory from" if summary.run else "Trained elsewhere, imported as an adapter of"
+    lines = ["---", *head, "---", f"# {summary.name}", "", f"{made} {summary.base_model}: {what}."]
     lines += ["", f"- digest `{summary.digest}`", f"- base `{summary.base_digest}`"]
-    lines += [f"- run `{summary.run}`, attempt {summary.attempt}, step {summary.step}, seed {provenance.seed}"]
+    if summary.run:
+        lines += [f"- run `{summary.run}`, attempt {summary.attempt}, step {summary.step}, seed {provenance.seed}"]
     lines += [f"- {name}: {value:.4g}" for name, value in (summary.evaluation or summary.metrics).items()]
     return "\n".join([*lines, "", f"How it was made is in `{PROVENANCE_FILE}`.", ""])
 
@@ -293,7 +311,7 @@ def _ambiguous(reference: str, found: list[str]) -> AdapterNotFound:
 
 def _unknown(store: Store, reference: str) -> AdapterNotFound:
     known = list_adapters(store)
-    names = {s.name for s in known} | {s.run for s in known}
+    names = {s.name for s in known} | {s.run for s in known if s.run}
     near = difflib.get_close_matches(reference, sorted(names), n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(near)}? " if near else "" if known else "Nothing has been published yet. "
     return AdapterNotFound(

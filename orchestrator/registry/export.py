@@ -14,9 +14,11 @@ from safetensors import SafetensorError
 from orchestrator.errors import AdapterError, AdaptoryError, OutputError, UsageError
 from orchestrator.modeling.adapter_files import CONFIG_FILE
 from orchestrator.modeling.base_model import known_base, materialize
-from orchestrator.registry.adapters import AdapterSummary, get_adapter, read_provenance
+from orchestrator.registry.adapters import AdapterSummary, get_adapter
 from orchestrator.registry.provenance import PROVENANCE_FILE
-from orchestrator.store import MANIFEST, Store, adapter_path, base_path
+from orchestrator.registry.signing import SIGNATURE_FILE, Trust
+from orchestrator.registry.verification import Fetched, fetch_verified
+from orchestrator.store import Store, base_path
 
 
 def export_adapter(
@@ -25,11 +27,13 @@ def export_adapter(
     out: Path,
     *,
     cache: Path,
+    trust: Trust,
     merged: bool = False,
     dtype: str | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Path:
-    """Write the adapter to `out`, which appears when it is complete; returns it.
+    """Write the adapter to `out`, which appears when it is complete; returns it. The signature stays behind: what is
+    written names its base as this machine knows it, and so differs from what was signed.
 
     Args:
         merged: full weights that plain transformers loads, instead of PEFT's files.
@@ -40,7 +44,7 @@ def export_adapter(
         AdapterError: no such adapter, or the base is not the one it was trained on.
         UsageError: `out` is taken, or a dtype was given without merging.
         OutputError: `out` cannot be written.
-        CorruptObject: its bytes were changed.
+        CorruptObject, SignatureInvalid: it is not what was published and signed.
         ModelError, PackageError: the base cannot be had (merging only).
     """
     say = say or (lambda _: None)
@@ -49,16 +53,16 @@ def export_adapter(
         raise UsageError(f"{out} exists and is not an empty directory.", hint="Name another --out, or remove it.")
     if dtype and not (merged and summary.kind == "lora"):
         raise UsageError("A dtype can only be chosen when merging.", hint="Add --merged, or leave --dtype out.")
-    base = find_base(store, summary, cache=cache, say=say) if summary.kind == "lora" and merged else None
     with _beside(out) as partial:
         adapter = partial / "adapter"
-        store.fetch(adapter_path(digest), adapter)
-        (adapter / MANIFEST).unlink(missing_ok=True)
-        if base is not None:
+        fetched = fetch_verified(store, digest, adapter, trust)
+        (adapter / SIGNATURE_FILE).unlink()
+        if fetched.summary.kind == "lora" and merged:
+            base = find_base(store, fetched.summary, cache=cache, say=say)
             _merge(adapter, base, partial / "merged", dtype).replace(out)
             return out
-        if summary.kind == "lora":
-            _name_the_base(adapter, store, summary, cache, say)
+        if fetched.summary.kind == "lora":
+            _name_the_base(adapter, store, fetched, cache, say)
         adapter.replace(out)
     return out
 
@@ -122,14 +126,12 @@ def _merge(adapter: Path, base: Path, out: Path, dtype: str | None) -> Path:
     return out
 
 
-def _name_the_base(
-    directory: Path, store: Store, summary: AdapterSummary, cache: Path, say: Callable[[str], None]
-) -> None:
+def _name_the_base(directory: Path, store: Store, fetched: Fetched, cache: Path, say: Callable[[str], None]) -> None:
     """Make `base_model_name_or_path` something that loads here: a hub id, else this machine's directory."""
-    file, name = directory / CONFIG_FILE, read_provenance(store, summary.digest).base_model.loadable_name
+    file, name = directory / CONFIG_FILE, fetched.provenance.base_model.loadable_name
     if name is None or Path(name).is_absolute():  # of the machine that trained it
         try:
-            name = str(find_base(store, summary, cache=cache, say=say))
+            name = str(find_base(store, fetched.summary, cache=cache, say=say))
         except AdaptoryError as error:
             say(f"Note: the base model is not here, so {CONFIG_FILE} names it as the run did. {error.message}")
             return

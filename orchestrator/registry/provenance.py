@@ -32,16 +32,25 @@ class BaseModelRecord(BaseModel):
     """What `from_pretrained` takes: a hub id, if it has one."""
 
 
+class ImportRecord(BaseModel):
+    """Of an adapter that was trained elsewhere."""
+
+    source: str
+    """The directory it came from, as it was named."""
+    by: str
+    """Who imported it."""
+
+
 class Origin(BaseModel):
     """Which run an adapter is from: told by its provenance, and again by the summary that lists read."""
 
     tenant: str
     name: str
-    """Of the run."""
-    run: str
-    """Run id."""
-    attempt: int
-    step: int
+    """Of the run, or the one it was imported under."""
+    run: str | None = None
+    """Run id; None, with what belongs to it, for an adapter that was trained elsewhere."""
+    attempt: int | None = None
+    step: int | None = None
     """Optimiser step whose weights these are."""
     created_at: float
     """Seconds since the epoch."""
@@ -56,7 +65,7 @@ class Provenance(Origin):
 
     schema_version: Literal[1] = 1
     base_model: BaseModelRecord
-    spec: dict[str, Any]
+    spec: dict[str, Any] = Field(default_factory=dict)
     """The resolved spec, as JSON."""
     data: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of each data source, by its name."""
@@ -65,10 +74,11 @@ class Provenance(Origin):
     versions: dict[str, str] = Field(default_factory=dict)
     """Of Python and the packages that made it."""
     hardware: dict[str, Any] = Field(default_factory=dict)
-    seed: int
-    dtype: str
+    seed: int | None = None
+    dtype: str | None = None
     """Of activations and frozen weights in training."""
     evaluation: EvaluationResult | None = None
+    imported: ImportRecord | None = None
 
     @staticmethod
     def of(

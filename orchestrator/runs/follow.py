@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from orchestrator.db import Database
 from orchestrator.errors import StoreError
+from orchestrator.registry.signing import Keys
 from orchestrator.runs.client import JobClient
 from orchestrator.runs.events import Event, read_events
 from orchestrator.runs.launch import store_of
@@ -23,6 +24,7 @@ def follow(
     store: Store,
     jobs: JobClient | None,
     ray_address: str | None,
+    keys: Keys,
     attempt: int | None = None,
     poll: float = 0.5,
     reconcile_every: float = 3.0,
@@ -34,6 +36,7 @@ def follow(
     Yields None when a look found nothing new, so that the caller can redraw or stop.
 
     Args:
+        keys: sign what the run publishes.
         attempt: only this attempt's events; by default those of the present one.
         poll: seconds between looks into the store.
         reconcile_every: seconds between looks at Ray, which are dearer.
@@ -56,7 +59,7 @@ def follow(
             time.sleep(poll)
         problems = [problem] if problem else []
         if time.monotonic() >= next_look or _ended(store, run):
-            problems += reconcile(db, store, jobs, ray_address=ray_address, run_id=run.id).warnings
+            problems += reconcile(db, store, jobs, ray_address=ray_address, keys=keys, run_id=run.id).warnings
             next_look = time.monotonic() + reconcile_every
         for problem in problems:
             if problem not in said:

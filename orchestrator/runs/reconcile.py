@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from orchestrator.db import Database, leases
 from orchestrator.errors import (
+    AdapterError,
     AdaptoryError,
     ClusterError,
     CorruptObject,
@@ -22,6 +23,7 @@ from orchestrator.errors import (
     RunNotFound,
     StoreError,
 )
+from orchestrator.registry.signing import Keys
 from orchestrator.runs import repository
 from orchestrator.runs.client import JobClient, JobStatus
 from orchestrator.runs.events import Event
@@ -66,6 +68,7 @@ def reconcile(
     jobs: JobClient | None,
     *,
     ray_address: str | None,
+    keys: Keys,
     run_id: str | None = None,
     wait: float = 0.0,
 ) -> ReconcileReport:
@@ -74,6 +77,7 @@ def reconcile(
     Args:
         jobs: the cluster; None when none is up: then only the store is asked, and nothing is concluded from silence.
         ray_address: which cluster `jobs` is (`settings.ray_address`); runs that were sent elsewhere are not looked for there.
+        keys: sign what runs have published.
         wait: seconds to wait for another process that reconciles.
     """
     report, clusters = ReconcileReport(), {ray_address: jobs}
@@ -83,7 +87,7 @@ def reconcile(
             try:
                 run = repository.get_run(db, attempt.run_id)
                 job = _ask(clusters, run, attempt, report)
-                _reconcile(db, store_of(run, store), clusters.get(run.ray_address), run, attempt, job)
+                _reconcile(db, store_of(run, store), clusters.get(run.ray_address), keys, run, attempt, job)
                 after = repository.get_run(db, attempt.run_id).state
                 if after is not run.state:
                     report.changed[run.id] = after
@@ -95,7 +99,7 @@ def reconcile(
 
 
 def _reconcile(
-    db: Database, store: Store, jobs: JobClient | None, run: Run, attempt: Attempt, job: _Job | None
+    db: Database, store: Store, jobs: JobClient | None, keys: Keys, run: Run, attempt: Attempt, job: _Job | None
 ) -> None:
     """One attempt, whose job Ray was asked about *before* the store is read: a job that is over has written its result."""
     if run.resolved is None:
@@ -108,7 +112,7 @@ def _reconcile(
         elif attempt.number != run.attempt or run.state is RunState.CANCELLED:
             stop(store, jobs, attempt)
     elif isinstance(result, RunResult):
-        _finish(db, store, run, result, end_attempt=job is not None and job.over)
+        _finish(db, store, keys, run, result, end_attempt=job is not None and job.over)
     elif job is None or jobs is None or not job.over:
         return  # nothing new, or nobody to ask
     elif job.status is None and run.state is not RunState.RUNNING:
@@ -116,7 +120,7 @@ def _reconcile(
     elif job.status is JobStatus.STOPPED:
         transition(db, run, RunState.CANCELLED, message="Ray stopped the job.", end_attempt=True)
     elif (printed := _printed_result(jobs, attempt, job)) is not None:
-        _finish(db, store, run, printed, end_attempt=True)
+        _finish(db, store, keys, run, printed, end_attempt=True)
     else:
         error = _without_result(jobs, run, job, result)
         message = error.message.splitlines()[0]
@@ -216,21 +220,41 @@ def _is_end(result: RunResult) -> bool:
     return result.state.final or result.state is RunState.PAUSED
 
 
-def _finish(db: Database, store: Store, run: Run, result: RunResult, *, end_attempt: bool) -> None:
+def _finish(db: Database, store: Store, keys: Keys, run: Run, result: RunResult, *, end_attempt: bool) -> None:
     finished = result.finished_at if result.state.final else None
+    published = result.adapter if result.state is RunState.SUCCEEDED else None
+    problem = _sign(db, store, keys, published) if published else None
+    message = f"The run {result.state.words}." if result.error is None else str(result.error.get("message"))
     transition(
         db,
         run,
         result.state,
-        message=f"The run {result.state.words}." if result.error is None else str(result.error.get("message")),
-        level="error" if result.state is RunState.FAILED else "info",
+        message=f"{message} Its adapter cannot be used: {problem}" if problem else message,
+        level="error" if problem or result.state is RunState.FAILED else "info",
         end_attempt=end_attempt,
-        record=_adapter_record(store, run, result) if result.state is RunState.SUCCEEDED else None,
+        record=_adapter_record(store, run, result) if published else None,
+        register=problem is None,
         result=result.model_dump(mode="json"),
         error=result.error,
         finished_at=finished,
         adapter=result.adapter,
     )
+
+
+def _sign(db: Database, store: Store, keys: Keys, digest: str) -> str | None:
+    """Sign what the run published; why not, if it is not what it should be. The run has succeeded even then: its
+    checkpoints are there, and what it published is kept to be looked at.
+
+    Raises:
+        AdaptoryError: it could not be asked now; the next pass does it.
+    """
+    from orchestrator.registry.intake import take_in  # imports numpy, which no pass but this one needs
+
+    try:
+        take_in(db, store, digest, keys)
+    except (AdapterError, CorruptObject, ObjectMissing) as error:
+        return error.message
+    return None
 
 
 def _adapter_record(store: Store, run: Run, result: RunResult) -> AdapterRecord | None:

@@ -16,6 +16,7 @@ from orchestrator.db import Database, leases
 from orchestrator.db.inserts import insert_or_ignore
 from orchestrator.db.models import AdapterRow, AttemptRow, EventRow, RunRow, SegmentRow, TenantRow
 from orchestrator.errors import IllegalTransition, RunExists, RunNotFound
+from orchestrator.registry import versions
 from orchestrator.runs.events import Event
 from orchestrator.runs.run import AdapterRecord, Attempt, Run
 from orchestrator.runs.states import RunState
@@ -141,6 +142,7 @@ def transition(
     level: Literal["info", "warn", "error"] = "info",
     end_attempt: bool = False,
     record: AdapterRecord | None = None,
+    register: bool = False,
     **changes: Any,
 ) -> Run:
     """Bring a run from the state in which `run` was read to another, by compare-and-swap on state and attempt.
@@ -149,6 +151,7 @@ def transition(
         message: when given, an event says it.
         end_attempt: also note that the attempt's job is over.
         record: also keep what the run published; one that is known already is left as it is.
+        register: and make it the next version of the run's name, which it must be signed for.
         **changes: further columns.
 
     Raises:
@@ -165,6 +168,9 @@ def transition(
         )
         if record is not None:
             session.execute(insert_or_ignore(session, AdapterRow).values(**record.model_dump()))
+            if register:
+                who = f"run {record.run_id}"
+                versions.register(session, record.tenant, record.name, record.digest, actor=who, run_id=record.run_id)
         if message is not None:
             _note(session, moved, message, level)
         return moved

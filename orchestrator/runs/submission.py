@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import orchestrator
 from orchestrator.db import Database, leases
 from orchestrator.errors import AdaptoryError, ClusterError, IllegalTransition, RunError, SettingsError
+from orchestrator.registry.signing import Keys
 from orchestrator.runs import repository
 from orchestrator.runs.client import JobClient
 from orchestrator.runs.launch import job_env, launch, request, store_of
@@ -204,7 +205,9 @@ def cancel(
         _stop(store_of(run, store), jobs if run.ray_address == settings.ray_address else None, attempt, say)
     deadline = time.monotonic() + timeout
     while jobs is not None and repository.open_attempts(db, run_id=run.id) and time.monotonic() < deadline:
-        report = reconcile(db, store, jobs, ray_address=settings.ray_address, run_id=run.id, wait=5.0)
+        report = reconcile(
+            db, store, jobs, ray_address=settings.ray_address, keys=Keys.of(settings), run_id=run.id, wait=5.0
+        )
         if report.warnings or not repository.open_attempts(db, run_id=run.id):
             break
         time.sleep(poll)
@@ -261,7 +264,7 @@ def _send(db: Database, store: Store, jobs: JobClient, run: Run) -> Run:
 
 
 def _as_it_is_now(run: Run, *, settings: Settings, store: Store, db: Database, jobs: JobClient | None) -> Run:
-    reconcile(db, store, jobs, ray_address=settings.ray_address, run_id=run.id, wait=5.0)
+    reconcile(db, store, jobs, ray_address=settings.ray_address, keys=Keys.of(settings), run_id=run.id, wait=5.0)
     return get_run(db, run.id)
 
 

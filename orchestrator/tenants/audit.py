@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from sqlalchemy.orm import Session
 
-log = logging.getLogger(__name__)
+from orchestrator.db.audit import record
 
 
 def changed(session: Session, actor: str, action: str, subject: str, *, before: Any = None, after: Any = None) -> None:
@@ -18,5 +17,4 @@ def changed(session: Session, actor: str, action: str, subject: str, *, before: 
         subject: the thing's public name: `acme`, `acme/intents`, a key's id.
         before, after: JSON-able facts of it; never a key or its hash.
     """
-    # The append-only table is a concern of the registry; `session` is what its `record` takes.
-    log.info("%s: %s %s: %s -> %s", actor, action, subject, before, after)
+    record(session, actor, action, subject, before, after)

@@ -147,6 +147,6 @@ def test_ci_runs_what_a_person_runs():
     script = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line and not line.startswith("#")]
     assert script[0] == "set -euo pipefail"
     assert script[-1] == "make test"
-    done = run("make", "--dry-run", "test")
+    done = run("make", "--no-print-directory", "--dry-run", "test")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].endswith("-m pytest")

@@ -146,7 +146,13 @@ def test_version(capsys):
 def test_the_promised_commands_are_there():
     names = {" ".join(path) for path, _ in COMMANDS}
     runs = {f"runs {name}" for name in ("list", "show", "logs", "events", "plot", "cancel", "pause", "resume")}
-    adapters = {f"adapters {name}" for name in ("list", "show", "verify", "export")}
+    adapters = {
+        f"adapters {name}"
+        for name in (
+            *("list", "show", "verify", "export"),
+            *("import", "promote", "versions", "history", "diff", "sign"),
+        )
+    }
     assert names >= {"run", "schema", "up", "down", "status", "doctor", "data preview", *runs, *adapters}
 
 

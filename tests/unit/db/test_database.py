@@ -9,17 +9,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import inspect, select
+from sqlalchemy import create_engine, inspect, select, text
 from sqlalchemy.exc import OperationalError
 
 from orchestrator.db import Database, counters, open_database
 from orchestrator.db.database import HEAD, MIGRATIONS
 from orchestrator.db.models import Base, TenantRow
 from orchestrator.errors import DatabaseError
+from orchestrator.registry.versions import list_versions
 
 
 def url(path: Path) -> str:
@@ -41,9 +43,32 @@ def test_head_is_the_newest_migration():
     assert ScriptDirectory.from_config(config).get_heads() == [HEAD]
 
 
-def test_migrations_go_back_to_nothing(database_url: str):
-    from alembic import command
+def test_adapters_of_an_older_version_become_first_versions(tmp_path: Path):
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    open_database(url(tmp_path)).close()
+    engine = create_engine(url(tmp_path))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0001")
+        assert not inspect(connection).has_table("audit")
+        connection.execute(text("INSERT INTO tenants VALUES ('acme', 1.0)"))
+        for name, digest in (("intents", "sha256:aa"), ("entities", "sha256:bb")):
+            connection.execute(
+                text("INSERT INTO adapters VALUES ('acme', :digest, :name, :run, NULL, 8, 5.5, '{}', '{}')"),
+                {"digest": digest, "name": name, "run": f"{name}-abc234"},
+            )
+    engine.dispose()
+    db = open_database(url(tmp_path))
+    found = {(v.reference, v.digest, v.run_id, v.created_at, v.created_by) for v in list_versions(db)}
+    assert found == {
+        ("acme/intents@1", "sha256:aa", "intents-abc234", 5.5, "run intents-abc234"),
+        ("acme/entities@1", "sha256:bb", "entities-abc234", 5.5, "run entities-abc234"),
+    }
+    db.close()
 
+
+def test_migrations_go_back_to_nothing(database_url: str):
     db = open_database(database_url)
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))

@@ -1,19 +1,21 @@
-"""A tiny base, an adapter of it, and the record of the run that trained it."""
+"""A tiny base, an adapter of it, the record of the run that trained it, and a key to sign it with."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from orchestrator.db import Database, open_database
 from orchestrator.modeling.adapter_check import base_modules
 from orchestrator.modeling.adapter_files import AdapterConfig, write_adapter
 from orchestrator.modeling.base_model import BaseModel, materialize
 from orchestrator.registry.provenance import BaseModelRecord, Provenance
+from orchestrator.registry.signing import Keys
 from orchestrator.runs.result import EvaluationResult, RunResult
 from orchestrator.runs.states import RunState
 from orchestrator.spec.job import JobSpec
@@ -24,6 +26,19 @@ from orchestrator.store import Store, result_path, spec_path
 @pytest.fixture
 def store(home: Path) -> Store:
     return Store(str(home / "store"))
+
+
+@pytest.fixture
+def db(home: Path) -> Iterator[Database]:
+    db = open_database(f"sqlite:///{home / 'state.db'}")
+    yield db
+    db.close()
+
+
+@pytest.fixture
+def keys(home: Path) -> Keys:
+    """As the command finds them in this home; made on first use."""
+    return Keys(home / "keys" / "signing.pem", own=True)
 
 
 @pytest.fixture

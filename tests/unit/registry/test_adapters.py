@@ -20,7 +20,8 @@ from orchestrator.registry.adapters import (
     resolve_adapter,
 )
 from orchestrator.registry.provenance import Provenance
-from orchestrator.registry.verification import verify
+from orchestrator.registry.signing import Keys
+from orchestrator.registry.verification import sign_published, verify
 from orchestrator.store import Store, adapter_path
 
 Trained, Made, Finished = Callable[..., Path], Callable[..., Provenance], Callable[[Provenance, str], None]
@@ -91,21 +92,29 @@ def test_a_bad_manifest_hides_no_other(
     assert "bbbbbbbb" in caplog.text
 
 
-def test_in_a_bucket(s3: str, base: BaseModel, trained: Trained, provenance: Made) -> None:
+def test_in_a_bucket(s3: str, base: BaseModel, trained: Trained, provenance: Made, keys: Keys) -> None:
     bucket = Store(s3)
     digest = publish_adapter(bucket, trained(), base.digest, provenance())
     assert resolve_adapter(bucket, digest[7:15]) == digest
-    assert verify(bucket, digest, base=base.path).ok
+    assert sign_published(bucket, digest, keys)
+    assert verify(bucket, digest, trust=keys.trust(), base=base.path).ok
 
 
 def test_the_whole_weights_of_full_tuning(
-    store: Store, base: BaseModel, provenance: Made, tiny_model: Callable[[str], Path], tmp_path: Path, cache: Path
+    store: Store,
+    base: BaseModel,
+    provenance: Made,
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    cache: Path,
+    keys: Keys,
 ) -> None:
     before = (tiny_model("llama") / "config.json").read_bytes()
     digest = publish_weights(store, tiny_model("llama"), provenance())
     assert digest == base.digest  # the same weights, as a base of the next run
     assert get_adapter(store, digest).kind == "full"
-    assert verify(store, digest).ok
+    assert sign_published(store, digest, keys)
+    assert verify(store, digest, trust=keys.trust()).ok
     store.fetch(adapter_path(digest), tmp_path / "back")
     assert materialize(str(tmp_path / "back"), cache=cache).digest == digest
     assert (tiny_model("llama") / "config.json").read_bytes() == before

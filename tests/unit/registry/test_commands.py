@@ -18,6 +18,7 @@ from orchestrator.cli import main
 from orchestrator.modeling.base_model import BaseModel, publish_base
 from orchestrator.registry.adapters import publish_adapter
 from orchestrator.registry.provenance import Provenance
+from orchestrator.registry.signing import Keys
 from orchestrator.store import Store, adapter_path
 
 IDS = torch.arange(20)[None] + 5
@@ -30,9 +31,10 @@ def digest(
     trained: Callable[..., Path],
     provenance: Callable[..., Provenance],
     finished: Callable[[Provenance, str], None],
+    keys: Keys,
 ) -> str:
     made = provenance()
-    digest = publish_adapter(store, trained(), base.digest, made)
+    digest = publish_adapter(store, trained(), base.digest, made, keys=keys)
     finished(made, digest)
     return digest
 
@@ -91,6 +93,7 @@ def test_a_narrow_terminal_still_tells_which_is_which(
 def test_verify(digest: str, store: Store, ask: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     code, report = ask("verify", "intents")
     assert (code, report["ok"]) == (0, True)
+    assert [finding["check"] for finding in report["findings"]][:2] == ["bytes", "signature"]
     assert {"check": "shapes", "ok": True, "detail": "against the base"} in report["findings"]
 
     weights = Path(store.full(f"{adapter_path(digest)}/adapter_model.safetensors"))
@@ -168,17 +171,18 @@ def test_export_when_the_base_is_gone_or_another(
     provenance: Callable[..., Provenance],
     ask: Callable[..., Any],
     cache: Path,
+    keys: Keys,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     made = provenance()
     other = made.base_model.model_copy(update={"digest": "sha256:" + "0" * 64})
-    digest = publish_adapter(store, trained(), other.digest, made.model_copy(update={"base_model": other}))
+    digest = publish_adapter(store, trained(), other.digest, made.model_copy(update={"base_model": other}), keys=keys)
     code, said = ask("export", digest, "--out", str(tmp_path / "a"), "--merged")
     assert (code, said["error"]["check"]) == (1, "base")
 
     gone = made.base_model.model_copy(update={"reference": "/nowhere/model"})
-    digest = publish_adapter(store, trained(1), base.digest, made.model_copy(update={"base_model": gone}))
+    digest = publish_adapter(store, trained(1), base.digest, made.model_copy(update={"base_model": gone}), keys=keys)
     # Its name leads nowhere, but a base of this digest was used on this machine before.
     assert ask("export", digest, "--out", str(tmp_path / "b"), "--merged")[0] == 0
     shutil.rmtree(cache)
@@ -198,10 +202,11 @@ def test_export_keeps_the_hubs_name_of_the_base(
     trained: Callable[..., Path],
     provenance: Callable[..., Provenance],
     ask: Callable[..., Any],
+    keys: Keys,
     tmp_path: Path,
 ) -> None:
     made = provenance()
     record = made.base_model.model_copy(update={"loadable_name": "acme/tiny", "reference": "acme/tiny"})
-    digest = publish_adapter(store, trained(), base.digest, made.model_copy(update={"base_model": record}))
+    digest = publish_adapter(store, trained(), base.digest, made.model_copy(update={"base_model": record}), keys=keys)
     assert ask("export", digest, "--out", str(tmp_path / "out"))[0] == 0
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == "acme/tiny"

@@ -15,6 +15,7 @@ import pytest
 
 from orchestrator.db import Database, leases, open_database
 from orchestrator.errors import ClusterError
+from orchestrator.registry.signing import Keys
 from orchestrator.runs import submission
 from orchestrator.runs.client import JobStatus
 from orchestrator.runs.events import EventWriter
@@ -145,7 +146,8 @@ class World:
 
     def reconcile(self, jobs: Any = ..., **options: Any) -> ReconcileReport:
         jobs = self.jobs if jobs is ... else jobs
-        return reconcile(self.db, self.store, jobs, ray_address=self.settings.ray_address, **options)
+        options = {"ray_address": self.settings.ray_address, "keys": Keys.of(self.settings)} | options
+        return reconcile(self.db, self.store, jobs, **options)
 
     def run(self, reference: str = "entities") -> Run:
         return get_run(self.db, reference)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 from orchestrator.errors import StoreError
+from orchestrator.registry.signing import Keys
 from orchestrator.runs import submission
 from orchestrator.runs.client import JobStatus
 from orchestrator.runs.events import EventWriter
@@ -14,7 +15,7 @@ from orchestrator.runs.states import RunState
 
 def following(world, run, **options):
     places = {"db": world.db, "store": world.store, "jobs": world.jobs, "ray_address": world.settings.ray_address}
-    return follow(run.id, **places, poll=0.01, **options)
+    return follow(run.id, **places, keys=Keys.of(world.settings), poll=0.01, **options)
 
 
 def test_all_events_up_to_the_end(world, tmp_path):

@@ -9,7 +9,7 @@ from orchestrator.errors import AdaptoryError, DiskFull, JobFailed, StoreError
 from orchestrator.runs import submission
 from orchestrator.runs.client import JobStatus
 from orchestrator.runs.events import EventWriter
-from orchestrator.runs.reconcile import reconcile, stop
+from orchestrator.runs.reconcile import stop
 from orchestrator.runs.repository import create_run, list_adapters, list_events, open_attempts
 from orchestrator.runs.result import RunResult, last_words
 from orchestrator.runs.states import RunState
@@ -224,7 +224,7 @@ def test_runs_of_another_cluster_are_left_alone(world):
     world.says_running(run)
     world.reconcile()
     elsewhere = type(world.jobs)()
-    report = reconcile(world.db, world.store, elsewhere, ray_address="http://other:8265")
+    report = world.reconcile(jobs=elsewhere, ray_address="http://other:8265")
     assert "is on the local Ray" in report.warnings[0]
     assert world.run().state is RunState.RUNNING
 
