@@ -39,6 +39,10 @@ NOT_RUN = {
     "make bench NAME=train_vs_trl",  # twenty minutes and a second environment; `make bench` must list it
 }
 
+STEERED = re.compile(r"adaptory runs (pause|resume|cancel) quick")
+"""That run is small here and may be over before it is steered, which is then the answer; tests/e2e/test_faults.py steers runs
+that go on for long."""
+
 
 def commands() -> list[str]:
     """Every command of the README's console blocks, without its comment."""
@@ -134,7 +138,8 @@ def test_every_command_does_what_the_page_says(person: Person) -> None:
         if command in NOT_RUN:
             continue
         done = person.types(command)
-        assert done.returncode == 0, f"$ {command}\n{done.stdout}{done.stderr}"
+        over = STEERED.fullmatch(command) and "Run quick has succeeded" in done.stderr
+        assert done.returncode == (1 if over else 0), f"$ {command}\n{done.stdout}{done.stderr}"
         printed[command] = done.stdout
     assert json.loads((person.clone / "build/demo.json").read_text())["after"]["entity_f1"] > 0.9
     assert (person.clone / "curves.png").read_bytes().startswith(b"\x89PNG")
