@@ -1,26 +1,25 @@
 """Attention inside packed documents: causal, and never across the border of two.
 
-Documents of similar length are laid side by side in a padded grid, `[documents, longest]`, so that attention is a few
-batched matmuls; a block-diagonal mask over the packed row would compute, and on a CPU pay for, everything it masks.
-Two kernels fill the grid: `matmul` (batched matmul and softmax with a backward of our own: on a CPU eight times faster
-than torch's flash backward) and `sdpa` (torch's fused kernels, for GPUs).
+Documents of similar length are laid side by side, so that attention is a few batched matmuls; a block-diagonal mask over
+the packed row would compute, and on a CPU pay for, everything it masks. There are two kernels: `matmul` (for CPUs, in
+`matmul_attention`) and `sdpa` (torch's fused kernels, for GPUs), which takes a padded grid, `[documents, longest]`, as do soft
+capped scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Kernel = Literal["matmul", "sdpa"]
+from orchestrator.modeling.matmul_attention import Layout, MatmulAttention
 
-_ROWS = 256  # queries of a long document are taken this many at a time, each against the keys up to its end
-_KEEP = 512  # documents up to this length keep their attention weights for the backward pass; longer ones recompute
+Kernel = Literal["matmul", "sdpa"]
 
 
 @dataclass(frozen=True)
@@ -79,40 +78,49 @@ class Documents:
         self.lengths, self.shared = list(lengths), shared
         self.tokens = shared + sum(n - shared for n in self.lengths)
         self.kernel: Kernel = kernel or ("matmul" if torch.device(device).type == "cpu" else "sdpa")
-        self.buckets = _buckets(self.lengths, shared, device)
+        self._device = device
+        self._layouts: dict[tuple[int, int], Layout] = {}
         own = [torch.arange(shared, n) for n in self.lengths]
         self.positions = torch.cat([torch.arange(shared), *own]).to(device)
 
     def __call__(self, layer: int, qkv: Tensor, shape: AttentionShape, window: int | None) -> Tensor:
-        grids = _Gather.apply(qkv, self.buckets, self.shared)
-        contexts = [self._context(grid, shape, window) for grid in grids]
-        return _Scatter.apply(self.tokens, self.buckets, *contexts)
-
-    def _context(self, grid: Tensor, shape: AttentionShape, window: int | None) -> Tensor:
-        if window is not None and window >= grid.shape[1]:
+        if window is not None and window >= max(self.lengths):
             window = None
-        if shape.softcap is not None:
-            return _softcapped(grid, shape, window)
-        if self.kernel == "sdpa":
-            return _sdpa(grid, shape, window)
-        return _MatmulAttention.apply(grid, shape, window)
+        if self.kernel == "matmul" and shape.softcap is None:
+            return MatmulAttention.apply(qkv, self._layout(shape), shape, window)
+        grids = _Gather.apply(qkv, self._grid, self.shared)
+        attend = _sdpa if shape.softcap is None else _softcapped
+        return _Scatter.apply(self.tokens, self._grid, *(attend(grid, shape, window) for grid in grids))
+
+    def _layout(self, shape: AttentionShape) -> Layout:
+        """Of the model's heads, which are the same in every layer."""
+        heads = shape.heads, shape.kv_heads
+        if heads not in self._layouts:
+            self._layouts[heads] = Layout(self.lengths, _alike(self.lengths), self.shared, *heads, self._device)
+        return self._layouts[heads]
+
+    @cached_property
+    def _grid(self) -> list[Bucket]:
+        return _buckets(self.lengths, self.shared, self._device)
 
 
-def _buckets(lengths: Sequence[int], shared: int, device: torch.device | str) -> list[Bucket]:
-    """Group documents by length so that little is padded: cells cost time linearly, each bucket a fixed overhead."""
-    starts = [shared]  # of each document's own tokens
-    for n in lengths:
-        starts.append(starts[-1] + n - shared)
-    order = sorted(range(len(lengths)), key=lambda d: -lengths[d])
+def _alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Group documents by length so that little is padded: padding costs time linearly, each group a fixed overhead."""
     groups: list[list[int]] = []
-    for d in order:
+    for d in sorted(range(len(lengths)), key=lambda d: -lengths[d]):
         if groups and lengths[d] >= 0.8 * lengths[groups[-1][0]] - 8:
             groups[-1].append(d)
         else:
             groups.append([d])
+    return [sorted(group) for group in groups]
+
+
+def _buckets(lengths: Sequence[int], shared: int, device: torch.device | str) -> list[Bucket]:
+    starts = [shared]  # of each document's own tokens
+    for n in lengths:
+        starts.append(starts[-1] + n - shared)
     buckets = []
-    for group in groups:
-        group.sort()
+    for group in _alike(lengths):
         longest = max(lengths[d] for d in group)
         contiguous = group[-1] - group[0] + 1 == len(group) and all(lengths[d] == longest for d in group)
         if contiguous and not shared:
@@ -189,73 +197,13 @@ def _grouped(grid: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor, Tenso
     )
 
 
-def _mask(first: int, last: int, window: int | None, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Additive mask of queries first..last, `groups` times over, against keys 0..last: [groups · (last - first), last]."""
-    query = torch.arange(first, last, device=device)[:, None]
-    key = torch.arange(last, device=device)[None]
+def _mask(longest: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive mask, [longest, longest]."""
+    query, key = torch.arange(longest, device=device)[:, None], torch.arange(longest, device=device)[None]
     hidden = key > query
     if window is not None:
         hidden = hidden | (query - key >= window)
-    zeros = torch.zeros(last - first, last, dtype=dtype, device=device)
-    return zeros.masked_fill_(hidden, float("-inf")).repeat(groups, 1)
-
-
-_kept_mask = lru_cache(maxsize=128)(_mask)
-
-
-class _MatmulAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, grid: Tensor, shape: AttentionShape, window: int | None) -> Tensor:
-        q, k, v = _grouped(grid, shape)
-        longest = grid.shape[1]
-        out = torch.empty_like(q)
-        weights = []
-        for first in range(0, longest, _ROWS):
-            last = min(first + _ROWS, longest)
-            p = _weights(q, k, first, last, window, shape.scale)
-            out[:, :, first:last] = (p @ v[:, :last]).view(*q.shape[:2], last - first, q.shape[3])
-            weights.append(p)
-        ctx.shape, ctx.window, ctx.grid_shape = shape, window, grid.shape
-        ctx.save_for_backward(q, k, v, *(weights if longest <= _KEEP else ()))
-        return _ungrouped(out, grid.shape[0])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        q, k, v, *weights = ctx.saved_tensors
-        shape: AttentionShape = ctx.shape
-        n, longest, _, dim = ctx.grid_shape
-        groups = shape.heads // shape.kv_heads
-        grad_out = grads[0].view(n, longest, shape.kv_heads, groups, dim).permute(0, 2, 3, 1, 4)
-        grad_out = grad_out.reshape(n * shape.kv_heads, groups, longest, dim)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for number, first in enumerate(range(0, longest, _ROWS)):
-            last = min(first + _ROWS, longest)
-            p = weights[number] if weights else _weights(q, k, first, last, ctx.window, shape.scale)
-            rows = grad_out[:, :, first:last].reshape(len(q), groups * (last - first), dim)
-            dp = rows @ v[:, :last].transpose(1, 2)
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            queries = q[:, :, first:last].reshape(len(q), groups * (last - first), dim)
-            dq[:, :, first:last] = (ds @ k[:, :last]).view(len(q), groups, last - first, dim)
-            dk[:, :last] += ds.transpose(1, 2) @ queries
-            dv[:, :last] += p.transpose(1, 2) @ rows
-        grad = grads[0].new_empty(ctx.grid_shape)
-        heads, kv = shape.heads, shape.kv_heads
-        grad[:, :, :heads].view(n, longest, kv, groups, dim).copy_(
-            dq.mul_(shape.scale).view(n, kv, groups, longest, dim).permute(0, 3, 1, 2, 4)
-        )
-        grad[:, :, heads : heads + kv].copy_(dk.mul_(shape.scale).view(n, kv, longest, dim).transpose(1, 2))
-        grad[:, :, heads + kv :].copy_(dv.view(n, kv, longest, dim).transpose(1, 2))
-        return grad, None, None
-
-
-def _weights(q: Tensor, k: Tensor, first: int, last: int, window: int | None, scale: float) -> Tensor:
-    """Softmax weights of queries first..last: [n·kv, groups · (last - first), last]."""
-    groups, rows = q.shape[1], last - first
-    # every layer and many batches use the same few small masks; those of long documents would fill the memory
-    mask = (_kept_mask if last <= _KEEP else _mask)(first, last, window, groups, q.dtype, q.device)
-    queries = q[:, :, first:last].reshape(len(q), groups * rows, q.shape[3])
-    scores = torch.baddbmm(mask, queries, k[:, :last].transpose(1, 2), alpha=scale)
-    return torch.softmax(scores, -1)
+    return torch.zeros(longest, longest, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
 def _ungrouped(out: Tensor, documents: int) -> Tensor:
@@ -271,14 +219,14 @@ def _softcapped(grid: Tensor, shape: AttentionShape, window: int | None) -> Tens
     assert shape.softcap is not None
     q, k, v = _grouped(grid, shape)
     scores = torch.einsum("ngqd,nkd->ngqk", q, k) * (shape.scale / shape.softcap)
-    scores = torch.tanh(scores) * shape.softcap + _mask(0, grid.shape[1], window, 1, grid.dtype, grid.device)
+    scores = torch.tanh(scores) * shape.softcap + _mask(grid.shape[1], window, grid.dtype, grid.device)
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(grid.dtype)
     return _ungrouped(torch.einsum("ngqk,nkd->ngqd", weights, v), grid.shape[0])
 
 
 def _sdpa(grid: Tensor, shape: AttentionShape, window: int | None) -> Tensor:
     q, k, v = (part.transpose(1, 2) for part in grid.split([shape.heads, shape.kv_heads, shape.kv_heads], 2))
-    mask = None if window is None else _mask(0, grid.shape[1], window, 1, grid.dtype, grid.device)
+    mask = None if window is None else _mask(grid.shape[1], window, grid.dtype, grid.device)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=shape.scale, enable_gqa=shape.heads != shape.kv_heads
     )

@@ -82,12 +82,13 @@ class Layer(nn.Module):
     ) -> Tensor:
         """[tokens, hidden_size] → the same, or [kept, hidden_size]: what follows attention is done for `keep` alone."""
         a = self.architecture
-        heads = self.qkv(self.attention_norm(x), segments).view(len(x), -1, a.head_dim)
+        qkv = self.qkv(self.attention_norm(x), segments)
         if self.q_norm is not None and self.k_norm is not None:
+            heads = qkv.view(len(x), -1, a.head_dim)
             q, k, v = heads.split([a.num_heads, a.num_kv_heads, a.num_kv_heads], 1)
-            heads = torch.cat([self.q_norm(q), self.k_norm(k), v], 1)
-        heads = rotate(heads, a.num_heads + a.num_kv_heads, cos, sin)
-        context = attention(self.index, heads, self.shape, a.windows[self.index])
+            qkv = torch.cat([self.q_norm(q).flatten(1), self.k_norm(k).flatten(1), v.flatten(1)], 1)
+        qkv = rotate(qkv, a.num_heads + a.num_kv_heads, cos, sin)
+        context = attention(self.index, qkv.view(len(x), -1, a.head_dim), self.shape, a.windows[self.index])
         if keep is not None:
             x, context, segments = x[keep], context[keep], kept_segments(segments, keep)
         attended = self.o(context, segments)

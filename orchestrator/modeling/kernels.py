@@ -61,11 +61,11 @@ class _GatedActivation(torch.autograd.Function):
         grad = torch.empty_like(gate_up)
         grad_gate, grad_up = grad.chunk(2, -1)
         torch.mul(grads[0], _activate(gate, ctx.activation), out=grad_up)
-        through = grads[0] * up
+        torch.mul(grads[0], up, out=grad_gate)
         if ctx.activation == "silu":
-            torch.ops.aten.silu_backward.grad_input(through, gate, grad_input=grad_gate)
+            torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
         else:
-            torch.ops.aten.gelu_backward.grad_input(through, gate, approximate="tanh", grad_input=grad_gate)
+            torch.ops.aten.gelu_backward.grad_input(grad_gate, gate, approximate="tanh", grad_input=grad_gate)
         return grad, None
 
 
@@ -79,22 +79,29 @@ def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotates the leading heads of its input in place: nothing needs their values from before."""
+    """Rotates the leading heads of its input in place: nothing needs their values from before.
+
+    Its input is whole, never a view: autograd copies what is changed through a view, twice.
+    """
 
     @staticmethod
-    def forward(ctx: Any, heads: Tensor, rotated: int, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.mark_dirty(heads)
+    def forward(ctx: Any, flat: Tensor, rotated: int, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.mark_dirty(flat)
         ctx.save_for_backward(cos, sin)
         ctx.rotated = rotated
-        _rotate_(heads[:, :rotated], cos, sin)
-        return heads
+        _rotate_(_heads(flat, cos)[:, :rotated], cos, sin)
+        return flat
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         grad = grads[0].clone(memory_format=torch.contiguous_format)
-        _rotate_(grad[:, : ctx.rotated], cos, -sin)
+        _rotate_(_heads(grad, cos)[:, : ctx.rotated], cos, -sin)
         return grad, None, None, None
+
+
+def _heads(flat: Tensor, cos: Tensor) -> Tensor:
+    return flat.view(len(flat), -1, 2 * cos.shape[-1])
 
 
 def _rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -105,14 +112,14 @@ def _rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     first.copy_(turned)
 
 
-def rotate(heads: Tensor, rotated: int, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(flat: Tensor, rotated: int, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of the first `rotated` heads, in place (arXiv:2104.09864).
 
     Args:
-        heads: [tokens, heads, head_dim].
+        flat: [tokens, heads · head_dim].
         cos, sin: [tokens, 1, head_dim / 2], of the same dtype.
     """
-    return _Rotate.apply(heads, rotated, cos, sin)
+    return _Rotate.apply(flat, rotated, cos, sin)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -1,0 +1,53 @@
+"""The CPU's attention kernel against the definition of attention, written out document by document."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from orchestrator.modeling.attention import AttentionShape, Documents
+
+SHAPE = AttentionShape(heads=4, kv_heads=2, head_dim=8, scale=0.3)
+
+
+def defined(qkv: torch.Tensor, lengths: list[int], shared: int, window: int | None) -> torch.Tensor:
+    """softmax(scale · q kᵀ) v of each document with its shared beginning; the beginning's own context from the first."""
+    out, start = [], shared
+    for number, length in enumerate(lengths):
+        stop = start + length - shared
+        own = torch.cat([qkv[:shared], qkv[start:stop]])
+        q, k, v = own.split([SHAPE.heads, SHAPE.kv_heads, SHAPE.kv_heads], 1)
+        k, v = (part.repeat_interleave(SHAPE.heads // SHAPE.kv_heads, 1) for part in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * SHAPE.scale
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        scores = scores.masked_fill((distance < 0) | (distance >= (window or length)), float("-inf"))
+        context = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
+        out.append(context if number == 0 else context[shared:])
+        start = stop
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param([7], id="one-short"),
+        pytest.param([40, 9, 33, 31, 40], id="several-alike"),
+        pytest.param([300, 130, 290, 129], id="several-chunks"),
+        pytest.param([600, 20], id="recomputed-weights"),
+    ],
+)
+@pytest.mark.parametrize("shared", [0, 1, 6])
+@pytest.mark.parametrize("window", [None, 5, 150])
+def test_context_and_gradient_are_those_of_the_definition(lengths, shared, window):
+    torch.manual_seed(0)
+    tokens = shared + sum(n - shared for n in lengths)
+    qkv = torch.randn(tokens, SHAPE.heads + 2 * SHAPE.kv_heads, SHAPE.head_dim, dtype=torch.float64, requires_grad=True)
+    wanted = torch.randn(tokens, SHAPE.heads * SHAPE.head_dim, dtype=torch.float64)
+
+    context = Documents(lengths, kernel="matmul", shared=shared)(0, qkv, SHAPE, window)
+    (gradient,) = torch.autograd.grad(context, qkv, wanted)
+
+    reference = defined(qkv, lengths, shared, window)
+    (expected,) = torch.autograd.grad(reference, qkv, wanted)
+    torch.testing.assert_close(context, reference, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)  # shared gradients are summed in fp32
