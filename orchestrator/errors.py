@@ -145,6 +145,24 @@ class KeyUnusable(AdaptoryError):
     exit_code = 2
 
 
+class AdapterUnavailable(AdaptoryError):
+    """An adapter that cannot be loaded now, by no fault of its own; asking again later can succeed. Context: `adapter`."""
+
+    code = "adapter_unavailable"
+
+
+class AdapterLoadTimeout(AdapterUnavailable):
+    """It is still on its way, and the caller's time is over; the load goes on."""
+
+    code = "adapter_load_timeout"
+
+
+class AdapterCacheFull(AdapterUnavailable):
+    """Everything that could make room for it is in use."""
+
+    code = "adapter_cache_full"
+
+
 class StoreError(AdaptoryError):
     """The artifact store cannot be read or written. Context: `url`, `path`."""
 

@@ -67,8 +67,8 @@ def test_adapters_that_come_and_go_leave_no_trace(make_engine, peft_adapters, gr
     ("change", "words", "check"),
     [
         (lambda t: t | {first(t, "A"): t[first(t, "A")] * float("nan")}, "not finite", "finite"),
-        (lambda t: {k: v for k, v in t.items() if k != first(t, "B")}, "lora_A alone", "coverage"),
-        (lambda t: {k.replace("layers.1", "layers.7"): v for k, v in t.items()}, "no linear of the base", "coverage"),
+        (lambda t: {k: v for k, v in t.items() if k != first(t, "B")}, "lora_A alone", "names"),
+        (lambda t: {k.replace("layers.1", "layers.7"): v for k, v in t.items()}, "no linear of the base", "names"),
         (lambda t: t | {first(t, "A"): t[first(t, "A")][:, :32].contiguous()}, "has A", "shape"),
         (
             lambda t: t | {first(t, "A"): t[first(t, "A")][:2], first(t, "B"): t[first(t, "B")][:, :2].contiguous()},
