@@ -96,6 +96,24 @@ class AdapterError(AdaptoryError):
     code = "invalid_adapter"
 
 
+class AdapterUnavailable(AdaptoryError):
+    """An adapter that cannot be loaded now, by no fault of its own; asking again later can succeed. Context: `adapter`."""
+
+    code = "adapter_unavailable"
+
+
+class AdapterLoadTimeout(AdapterUnavailable):
+    """It is still on its way, and the caller's time is over; the load goes on."""
+
+    code = "adapter_load_timeout"
+
+
+class AdapterCacheFull(AdapterUnavailable):
+    """Everything that could make room for it is in use."""
+
+    code = "adapter_cache_full"
+
+
 class StoreError(AdaptoryError):
     """The artifact store cannot be read or written. Context: `url`, `path`."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -36,13 +36,23 @@ def check_adapter(directory: Path, base: Path | None = None) -> None:
     Raises:
         AdapterError: unreadable, or with any of the `adapter_problems`; the first few are named.
     """
-    problems = adapter_problems(directory, base)
+    refuse(adapter_problems(directory, base), str(directory))
+
+
+def refuse(problems: list[Problem], adapter: str) -> None:
+    """
+    Args:
+        adapter: what the error calls it.
+
+    Raises:
+        AdapterError: there are problems; the first few are named.
+    """
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise AdapterError(
-            f"The adapter in {directory} cannot be used: " + "; ".join(p.message for p in problems[:3]) + f"{more}.",
+            f"The adapter {adapter} cannot be used: " + "; ".join(p.message for p in problems[:3]) + f"{more}.",
             hint=_HINTS[problems[0].check],
-            adapter=str(directory),
+            adapter=adapter,
             check=problems[0].check,
         )
 
@@ -62,7 +72,18 @@ def adapter_problems(directory: Path, base: Path | None = None) -> list[Problem]
         AdapterError: the files cannot be read at all.
     """
     config, tensors = read_adapter_config(directory), raw_tensors(directory)
-    return list(_problems(config, tensors, base_modules(base) if base else None))
+    return content_problems(config, tensors, base_modules(base) if base else None)
+
+
+def content_problems(
+    config: AdapterConfig, tensors: dict[str, RawTensor], linears: Mapping[str, tuple[int, int]] | None
+) -> list[Problem]:
+    """As `adapter_problems`, of what is read already.
+
+    Args:
+        linears: (out, in) of each linear that an adapter may target.
+    """
+    return list(_problems(config, tensors, linears))
 
 
 def base_modules(base: Path) -> dict[str, tuple[int, int]]:
@@ -90,7 +111,7 @@ def embedding_name(names: dict[str, tuple[int, ...]]) -> str | None:
 
 
 def _problems(
-    config: AdapterConfig, tensors: dict[str, RawTensor], linears: dict[str, tuple[int, int]] | None
+    config: AdapterConfig, tensors: dict[str, RawTensor], linears: Mapping[str, tuple[int, int]] | None
 ) -> Iterator[Problem]:
     pairs: dict[str, dict[str, RawTensor]] = {}
     for name, tensor in tensors.items():
@@ -111,7 +132,7 @@ def _problems(
 
 
 def _shape_problems(
-    module: str, a: tuple[int, ...], b: tuple[int, ...], rank: int, linears: dict[str, tuple[int, int]] | None
+    module: str, a: tuple[int, ...], b: tuple[int, ...], rank: int, linears: Mapping[str, tuple[int, int]] | None
 ) -> Iterator[Problem]:
     if len(a) != 2 or len(b) != 2 or 0 in a + b:
         yield Problem("shape", f"{module} has lora_A {list(a)} and lora_B {list(b)}, which are not two full matrices")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -236,12 +237,20 @@ def adapter_digest(directory: Path, base_digest: str) -> str:
     Raises:
         AdapterError: as `read_adapter`.
     """
+    return content_digest(read_adapter_config(directory), raw_tensors(directory), base_digest)
+
+
+def content_digest(config: AdapterConfig, tensors: Mapping[str, RawTensor], base_digest: str) -> str:
+    """As `adapter_digest`, of what is read already.
+
+    Args:
+        tensors: sorted by name.
+    """
     canonical = {
         "base": base_digest,
-        "lora": read_adapter_config(directory).canonical(),
+        "lora": config.canonical(),
         "tensors": [
-            [peft_name(name), t.dtype, list(t.shape), hashlib.sha256(t.data).hexdigest()]
-            for name, t in raw_tensors(directory).items()
+            [peft_name(name), t.dtype, list(t.shape), hashlib.sha256(t.data).hexdigest()] for name, t in tensors.items()
         ],
     }
     return "sha256:" + hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()

@@ -6,7 +6,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from orchestrator.errors import (
 from orchestrator.modeling.lora import Segment
 from serving.engine.attention import KeyValueCache, Span, StepAttention
 from serving.engine.grammar import Grammars, GrammarState, forbid
-from serving.engine.network import Adapter, ServedNetwork
+from serving.engine.network import ServedNetwork
+from serving.engine.prepared import Adapter
 from serving.engine.protocol import EngineStats, FinishReason, GenerateRequest, TokenEvent, Usage
 from serving.engine.sampler import Choice, choose
 from serving.engine.scheduler import Limits, Scheduler, Sequence, Work
@@ -230,6 +231,31 @@ class EngineCore:
         if users:
             raise AdapterInUse(f"{users} requests use the adapter {digest}.", adapter=digest, requests=users)
         self.network.remove(digest)
+
+    def swap(self, install: Mapping[str, Adapter], remove: Collection[str]) -> None:
+        """Unload some adapters and install others, all of it or nothing.
+
+        Args:
+            install: those that are there already stay as they are.
+
+        Raises:
+            AdapterInUse: requests still use one of `remove`.
+            NoFreeSlot: there would be too many.
+        """
+        if used := {a.request.adapter for a in self._answers.values()} & set(remove):
+            raise AdapterInUse("Requests still use adapters that should leave.", adapters=sorted(map(str, used)))
+        present = set(self.network.adapters)
+        if len((present - set(remove)) | set(install)) > self.limits.max_adapters:
+            raise NoFreeSlot(
+                f"All {self.limits.max_adapters} adapter slots are taken.",
+                hint="Unload more of them.",
+                slots=self.limits.max_adapters,
+            )
+        for digest in remove:
+            self.network.remove(digest)
+        for digest, adapter in install.items():
+            if digest not in self.network.adapters:
+                self.network.install(digest, adapter)
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from orchestrator.errors import EngineStopped
 from serving.engine.core import Delivery, EngineCore
+from serving.engine.prepared import Prepared
 from serving.engine.protocol import EngineStats, GenerateRequest, TokenEvent
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,17 @@ class LocalEngine:
 
     async def unload_adapter(self, digest: str) -> None:
         await self._between_steps(lambda: self._core.unload(digest))
+
+    async def swap_adapters(self, install: Mapping[str, Prepared], remove: Collection[str]) -> None:
+        """Unload and install several adapters between the same two steps, all of it or nothing.
+
+        Raises:
+            AdapterInUse: requests still use one of `remove`.
+            NoFreeSlot: there would be too many.
+        """
+        device = self._core.network.device
+        adapters = await asyncio.to_thread(lambda: {digest: p.updates(device) for digest, p in install.items()})
+        await self._between_steps(lambda: self._core.swap(adapters, remove))
 
     def stats(self) -> EngineStats:
         return self._core.stats()

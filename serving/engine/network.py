@@ -11,15 +11,12 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from orchestrator.errors import AdapterError
-from orchestrator.modeling.adapter_files import read_adapter, split_name
+from orchestrator.modeling.adapter_files import read_adapter
 from orchestrator.modeling.attention import Attention
 from orchestrator.modeling.decoder import Decoder, Layer, LayerWeights
 from orchestrator.modeling.lora import FusedLinear, Segment
-from serving.engine.linears import Mixture, ServedLinear, Update, packed, packed_linear
-
-Adapter = dict[str, list[Update]]
-"""Updates by the name of the linear in the network, `layers.0.qkv`."""
+from serving.engine.linears import Mixture, ServedLinear, packed, packed_linear
+from serving.engine.prepared import Adapter, Place, Places, prepare
 
 
 class ServedNetwork:
@@ -41,8 +38,8 @@ class ServedNetwork:
         self._decoder.eval()
         self._head = packed(model.head.weight.detach()) if pack else None
         self._linears = {n: m for n, m in self._decoder.named_modules() if isinstance(m, ServedLinear)}
-        self._places = {
-            p.name: (name, number)
+        self.places: Places = {
+            p.name: Place(name, number, p.stop - p.start, linear.in_features)
             for name, linear in self._linears.items()
             for number, p in enumerate(linear.projections)
         }
@@ -83,30 +80,7 @@ class ServedNetwork:
             AdapterError: damaged, it does not fit this base, or a weight is not finite.
         """
         config, tensors = read_adapter(directory)
-        sides: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            found = split_name(name)
-            if found is None:
-                raise _unfit(directory, f"{name!r} is no LoRA tensor", "coverage")
-            if not torch.isfinite(tensor).all():  # it would spread to whoever shares the batch
-                raise _unfit(directory, f"{name} is not finite", "finite")
-            sides.setdefault(found[0], {})[found[1]] = tensor
-        adapter: Adapter = {}
-        for module, pair in sides.items():
-            if module not in self._places:
-                raise _unfit(directory, f"{module} is no linear of the base", "coverage")
-            if pair.keys() != {"A", "B"}:
-                raise _unfit(directory, f"{module} has lora_{min(pair)} alone", "coverage")
-            name, number = self._places[module]
-            linear, a, b = self._linears[name], pair["A"], pair["B"]
-            projection, rank = linear.projections[number], config.rank_of(module)
-            shapes = (rank, linear.in_features), (projection.stop - projection.start, rank)
-            if (tuple(a.shape), tuple(b.shape)) != shapes:
-                raise _unfit(directory, f"{module} has A {[*a.shape]} and B {[*b.shape]}, not {shapes}", "shape")
-            scaled = b.float() * config.scale_of(module)
-            update = Update(number, a.to(self.device, self.dtype), scaled.to(self.device, self.dtype))
-            adapter.setdefault(name, []).append(update)
-        return adapter
+        return prepare(config, tensors, self.places, self.dtype, str(directory)).updates(self.device)
 
     def install(self, digest: str, adapter: Adapter) -> None:
         """Between two steps."""
@@ -131,12 +105,3 @@ def _served(layer: nn.Module, pack: bool) -> Layer:
 
 def _bytes(model: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
-def _unfit(directory: Path, what: str, check: str) -> AdapterError:
-    return AdapterError(
-        f"The adapter in {directory} does not fit: {what}.",
-        hint="Serve it on the base that it was trained on.",
-        adapter=str(directory),
-        check=check,
-    )

@@ -6,9 +6,20 @@ import asyncio
 import time
 
 import pytest
+import torch
 
-from orchestrator.errors import AdapterError, AdapterInUse, AdapterNotLoaded, EngineStopped, InvalidRequest, StepFailed
+from orchestrator.errors import (
+    AdapterError,
+    AdapterInUse,
+    AdapterNotLoaded,
+    EngineStopped,
+    InvalidRequest,
+    NoFreeSlot,
+    StepFailed,
+)
+from orchestrator.modeling.adapter_files import read_adapter
 from serving.engine.local import LocalEngine
+from serving.engine.prepared import prepare
 from serving.engine.protocol import FinishReason
 
 
@@ -161,3 +172,39 @@ def test_closing_ends_streams_and_refuses_new_ones(make_engine, greedy):
             await collect(engine, greedy([5]))
 
     with_engine(make_engine(cache_tokens=8192), use)
+
+
+def test_adapters_change_places_all_of_them_or_none(make_engine, peft_adapters, greedy):
+    core = make_engine(max_adapters=2)
+    a, b, c = (prepared(core, directory) for directory in peft_adapters("llama"))
+
+    async def use(engine):
+        await engine.swap_adapters({"sha256:a": a, "sha256:b": b}, [])
+        alone = await collect(engine, greedy([5], "sha256:a"))
+        with pytest.raises(NoFreeSlot):
+            await engine.swap_adapters({"sha256:c": c}, [])
+        stream = engine.generate(greedy([5], "sha256:b", new=1000))
+        await anext(stream)
+        with pytest.raises(AdapterInUse):
+            await engine.swap_adapters({"sha256:c": c}, ["sha256:a", "sha256:b"])
+        assert engine.stats().adapters == ("sha256:a", "sha256:b")
+        await stream.aclose()
+        await engine.swap_adapters({"sha256:c": c, "sha256:a": c}, ["sha256:b"])
+        assert engine.stats().adapters == ("sha256:a", "sha256:c")
+        assert await collect(engine, greedy([5], "sha256:a")) == alone, "what is installed already stays as it is"
+
+    with_engine(core, use)
+
+
+def prepared(core, directory):
+    config, tensors = read_adapter(directory)
+    return prepare(config, tensors, core.network.places, core.network.dtype, str(directory))
+
+
+def test_an_adapter_that_the_networks_dtype_cannot_hold_is_refused(make_engine, peft_adapters):
+    config, tensors = read_adapter(peft_adapters("llama")[1])
+    name = max(tensors)
+    tensors[name] = tensors[name].double() * 1e300
+    with pytest.raises(AdapterError, match="not finite") as caught:
+        prepare(config, tensors, make_engine().network.places, torch.float32, "a")
+    assert caught.value.context["check"] == "finite"
