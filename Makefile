@@ -15,7 +15,7 @@ RECORD := $(BIN)/python -c 'import json, pathlib, sys, time; p = pathlib.Path("b
 	d = json.loads(p.read_text()) if p.exists() else {}; \
 	d[sys.argv[1]] = round(time.time() - float(sys.argv[2]), 1); p.write_text(json.dumps(d) + "\n")'
 
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench lint format clean postgres
 
 help: ## list the goals
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -23,7 +23,7 @@ help: ## list the goals
 demo: $(VENV)/.adaptory ## fine-tune a real model on real data, before and after (about ten minutes, no GPU)
 	$(BIN)/python jobs/examples/demo.py
 
-test: lint ## lint, types, import borders and every test
+test: lint | postgres ## lint, types, import borders and every test
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.adaptory-dev ## list the benchmarks; NAME=… runs one
@@ -81,3 +81,11 @@ $(VENV)/.adaptory-dev: $(VENV)/.adaptory
 	$(PIP_INSTALL) --editable '.[dev]'; \
 	$(RECORD) install_dev "$$started"
 	@touch $@
+
+# The tests start a server of their own, as another user than root; without its programs they skip what needs it, and say so.
+postgres:
+	@if command -v initdb > /dev/null || ls /usr/lib/postgresql/*/bin/initdb > /dev/null 2>&1; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	  echo "Installing postgresql with apt-get."; \
+	  apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends postgresql > /dev/null; \
+	else echo "PostgreSQL is missing, so its tests are skipped (Debian and Ubuntu: apt-get install postgresql)."; fi

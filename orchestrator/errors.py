@@ -62,6 +62,13 @@ class SettingsError(AdaptoryError):
     exit_code = 2
 
 
+class InvalidName(AdaptoryError):
+    """A name that cannot be one. Context: `field`, `value`."""
+
+    code = "invalid_name"
+    exit_code = 2
+
+
 class SpecError(AdaptoryError):
     """A job spec that cannot be used. Context: `file`, `line`, `field`, `value`."""
 
@@ -254,3 +261,81 @@ class EngineStopped(EngineError):
     """The engine is shut down, or was while it answered."""
 
     code = "engine_stopped"
+
+
+class TenantError(AdaptoryError):
+    """A tenant that cannot do what was asked of it. Context: `tenant`."""
+
+    code = "tenant_error"
+    exit_code = 2
+
+
+class TenantNotFound(TenantError):
+    code = "tenant_not_found"
+
+
+class TenantExists(TenantError):
+    code = "tenant_exists"
+
+
+class ApiKeyError(AdaptoryError):
+    """An API key that cannot be made, found or used. Context: `key`, the public id; never the secret."""
+
+    code = "api_key_error"
+    exit_code = 2
+
+
+class ApiKeyNotFound(ApiKeyError):
+    code = "api_key_not_found"
+
+
+class ApiKeyExists(ApiKeyError):
+    code = "api_key_exists"
+
+
+class ApiKeyRefused(ApiKeyError):
+    """Who asks has not shown a key that is valid now."""
+
+    code = "invalid_api_key"
+
+
+class ScopeMissing(ApiKeyError):
+    """The key is valid, but not for this. Context: `scope`."""
+
+    code = "insufficient_scope"
+
+
+class RouteError(AdaptoryError):
+    """A route that cannot do what was asked of it. Context: `route`."""
+
+    code = "route_error"
+    exit_code = 2
+
+
+class RouteInvalid(RouteError):
+    """Context: `field`, `value`."""
+
+    code = "invalid_route"
+
+
+class RouteNotFound(RouteError):
+    code = "route_not_found"
+
+
+class RouteConflict(RouteError):
+    """Somebody else has changed the route since it was read. Context: `revision`, the present one."""
+
+    code = "route_conflict"
+    exit_code = 1
+
+
+class ModelNotFound(AdaptoryError):
+    """Nothing of this name answers this tenant: unknown and somebody else's are the same. Context: `model`."""
+
+    code = "model_not_found"
+
+
+class ModelUnavailable(AdaptoryError):
+    """The tenant's own route, of which nothing can answer now. Context: `model`, `reasons`."""
+
+    code = "model_unavailable"

@@ -1,7 +1,7 @@
-"""What many tests share: a home of their own, tiny real models, an S3 server, one Ray.
+"""What many tests share: a home of their own, tiny real models, an S3 server, a PostgreSQL server, one Ray.
 
 Nothing is started before the first test that asks for it. Costs: a tiny model 0.1 to 0.5 s after torch is imported, `s3`
-about 3 s once, `ray_local` about 4 s once.
+about 3 s once, `postgres` about 3 s once and 0.2 s for each database, `ray_local` about 4 s once.
 """
 
 from __future__ import annotations
@@ -236,9 +236,11 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def _serving(command: list[str], port: int, *, patience: float = 60.0) -> Iterator[None]:
-    """Run a server until the block ends; yields once it accepts connections on the loopback `port`."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+def _serving(command: list[str], port: int, *, patience: float = 60.0, user: str | None = None) -> Iterator[None]:
+    """Run a server (as `user`) until the block ends; yields once it accepts connections on the loopback `port`."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, user=user
+    )
     try:
         deadline = time.monotonic() + patience
         while True:
@@ -283,6 +285,76 @@ def s3(_s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     boto3.client("s3").create_bucket(Bucket=bucket)
     yield f"s3://{bucket}/store"
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+# --- PostgreSQL -----------------------------------------------------------------------------------------------------
+
+
+def _postgres_binaries() -> Path | None:
+    """Directory of `initdb` and `postgres`: on the PATH, or where Debian hides the newest."""
+    if found := shutil.which("initdb"):
+        return Path(found).resolve().parent
+    versions = [path for path in Path("/usr/lib/postgresql").glob("*/bin") if (path / "initdb").exists()]
+    return max(versions, key=lambda path: int(path.parent.name), default=None)
+
+
+@pytest.fixture(scope="session")
+def _postgres_server() -> Iterator[str]:
+    """A server of this session's own; yields a URL without a database name. It refuses root, so root lends it a user."""
+    binaries = _postgres_binaries()
+    if binaries is None:
+        pytest.skip("PostgreSQL is not installed: `make test` does it, or apt-get install postgresql")
+    pytest.importorskip("psycopg", reason="the driver is not installed: pip install 'psycopg[binary]'")
+    user = "postgres" if os.geteuid() == 0 else None
+    directory = Path(tempfile.mkdtemp(prefix="ap-", dir="/tmp"))  # short: its socket's path may have 107 characters
+    try:
+        if user:
+            shutil.chown(directory, user)
+        data, port = directory / "data", _free_port()
+        create = ["--auth", "trust", "--username", "adaptory", "--no-sync", "--no-locale", "--encoding", "UTF8"]
+        command = [str(binaries / "initdb"), "--pgdata", str(data), *create]
+        subprocess.run(command, check=True, capture_output=True, user=user, cwd="/")
+        options = ["-h", "127.0.0.1", "-p", str(port), "-k", str(directory), "-c", "fsync=off"]
+        with _serving([str(binaries / "postgres"), "-D", str(data), *options], port, user=user):
+            yield f"postgresql://adaptory@127.0.0.1:{port}"
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def postgres(_postgres_server: str) -> str:
+    """URL of a fresh, empty database."""
+    import psycopg
+
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            with psycopg.connect(f"{_postgres_server}/postgres", autocommit=True) as connection:
+                connection.execute(f"CREATE DATABASE {name}")
+            return f"{_postgres_server}/{name}"
+        except psycopg.OperationalError:  # it accepts connections a moment before it answers them
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of a fresh database; a test that takes it runs on both kinds."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'both' / 'state.db'}"
+    return request.getfixturevalue("postgres")
+
+
+@pytest.fixture
+def db(database_url: str) -> Iterator[Any]:
+    """An open database with the newest schema, on SQLite and on PostgreSQL."""
+    from orchestrator.db import open_database
+
+    db = open_database(database_url)
+    yield db
+    db.close()
 
 
 # --- Ray ------------------------------------------------------------------------------------------------------------

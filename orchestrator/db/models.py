@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Double, Enum, ForeignKey, Index, Integer, MetaData, String, Text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Double,
+    Enum,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    text,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -33,6 +46,10 @@ class TenantRow(Base):
 
     name: Mapped[str] = mapped_column(String(63), primary_key=True)
     created_at: Mapped[float] = mapped_column(Double)
+    requests_per_minute: Mapped[int | None]
+    tokens_per_minute: Mapped[int | None]
+    concurrent_requests: Mapped[int | None]
+    """Quotas; null is without limit."""
 
 
 class RunRow(Base):
@@ -131,3 +148,130 @@ class LeaseRow(Base):
     name: Mapped[str] = mapped_column(String(120), primary_key=True)
     holder: Mapped[str] = mapped_column(String(120))
     expires_at: Mapped[float] = mapped_column(Double)
+
+
+class CounterRow(Base):
+    """How often something was changed; see `counters`."""
+
+    __tablename__ = "counters"
+
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    value: Mapped[int] = mapped_column(BigInteger)
+
+
+# --- tenants --------------------------------------------------------------------------------------------------------
+
+
+_IN_USE = text("revoked_at IS NULL AND replaced_by IS NULL")
+
+
+class ApiKeyRow(Base):
+    """An API key without its secret."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(String(16), primary_key=True)
+    """The key's public part, by which it is looked up."""
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"))
+    name: Mapped[str] = mapped_column(String(63))
+    hash: Mapped[str] = mapped_column(String(64))
+    """SHA-256 of the whole key, in hexadecimal."""
+    scopes: Mapped[list[str]] = mapped_column(Json)
+    created_at: Mapped[float] = mapped_column(Double)
+    created_by: Mapped[str] = mapped_column(String(120))
+    expires_at: Mapped[float | None] = mapped_column(Double)
+    revoked_at: Mapped[float | None] = mapped_column(Double)
+    replaced_by: Mapped[str | None] = mapped_column(String(16))
+    """Id of the key that a rotation made; this one lives on for the grace period."""
+
+    __table_args__ = (
+        # A name is one key's; those that were revoked or rotated keep theirs for the record.
+        Index("uq_api_keys_tenant_name", "tenant", "name", unique=True, sqlite_where=_IN_USE, postgresql_where=_IN_USE),
+    )
+
+
+class UsageRow(Base):
+    """What was used in an hour. Added to, never overwritten."""
+
+    __tablename__ = "usage"
+
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"), primary_key=True)
+    hour: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    """Its beginning, in seconds since the epoch."""
+    route: Mapped[str] = mapped_column(String(200), primary_key=True)
+    """The model's public name: a route, a base, or one adapter version."""
+    adapter: Mapped[str] = mapped_column(String(80), primary_key=True)
+    """Digest of the adapter that answered; empty when the base did."""
+    requests: Mapped[int] = mapped_column(BigInteger)
+    tokens_in: Mapped[int] = mapped_column(BigInteger)
+    tokens_out: Mapped[int] = mapped_column(BigInteger)
+
+    __table_args__ = (Index("ix_usage_hour", "hour"),)
+
+
+class UsageWriterRow(Base):
+    """The last batch that a writer of usage has stored, so that none is counted twice."""
+
+    __tablename__ = "usage_writers"
+
+    writer: Mapped[str] = mapped_column(String(120), primary_key=True)
+    batch: Mapped[int] = mapped_column(BigInteger)
+    written_at: Mapped[float] = mapped_column(Double)
+
+
+# --- limits that several gateways share -----------------------------------------------------------------------------
+
+
+class LimitRow(Base):
+    """How full a tenant's buckets were at a moment."""
+
+    __tablename__ = "limits"
+
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"), primary_key=True)
+    requests: Mapped[float] = mapped_column(Double)
+    tokens: Mapped[float] = mapped_column(Double)
+    at: Mapped[float] = mapped_column(Double)
+
+
+class ReservationRow(Base):
+    """A request that is being answered. Its gateway renews it; when the gateway dies, it expires."""
+
+    __tablename__ = "reservations"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"))
+    holder: Mapped[str] = mapped_column(String(120))
+    expires_at: Mapped[float] = mapped_column(Double)
+
+    __table_args__ = (Index("ix_reservations_tenant", "tenant"), Index("ix_reservations_holder", "holder"))
+
+
+# --- routes ---------------------------------------------------------------------------------------------------------
+
+
+class RouteRow(Base):
+    """A tenant's public model name, and which of its revisions is in force."""
+
+    __tablename__ = "routes"
+
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    revision: Mapped[int]
+    created_at: Mapped[float] = mapped_column(Double)
+
+
+class RouteRevisionRow(Base):
+    """What a route said from a moment on. Written once, never changed."""
+
+    __tablename__ = "route_revisions"
+
+    tenant: Mapped[str] = mapped_column(String(63), primary_key=True)
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    revision: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    config: Mapped[dict[str, Any]] = mapped_column(Json)
+    restores: Mapped[int | None]
+    """The revision that a rollback brought back."""
+    created_at: Mapped[float] = mapped_column(Double)
+    created_by: Mapped[str] = mapped_column(String(120))
+
+    __table_args__ = (ForeignKeyConstraint(["tenant", "name"], ["routes.tenant", "routes.name"]),)

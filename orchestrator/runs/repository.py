@@ -9,12 +9,12 @@ from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Select, and_, delete, not_, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from orchestrator.db import Database, leases
-from orchestrator.db.models import AdapterRow, AttemptRow, Base, EventRow, RunRow, SegmentRow, TenantRow
+from orchestrator.db.inserts import insert_or_ignore
+from orchestrator.db.models import AdapterRow, AttemptRow, EventRow, RunRow, SegmentRow, TenantRow
 from orchestrator.errors import IllegalTransition, RunExists, RunNotFound
 from orchestrator.runs.events import Event
 from orchestrator.runs.run import AdapterRecord, Attempt, Run
@@ -60,7 +60,7 @@ def create_run(db: Database, spec: JobSpec, *, ray_address: str | None = None, h
     run_id, now = f"{spec.name}-{''.join(secrets.choice(_ALPHABET) for _ in range(6))}", time.time()
     try:
         with db.write() as session:
-            session.execute(_or_ignore(session, TenantRow).values(name=spec.tenant, created_at=now))
+            session.execute(insert_or_ignore(session, TenantRow).values(name=spec.tenant, created_at=now))
             session.execute(delete(RunRow).where(*_named(spec), _BROKEN_OFF))
             row = RunRow(
                 id=run_id,
@@ -164,7 +164,7 @@ def transition(
             _this_attempt(run).values(state=to, **({"ended_at": time.time()} if end_attempt else {})),
         )
         if record is not None:
-            session.execute(_or_ignore(session, AdapterRow).values(**record.model_dump()))
+            session.execute(insert_or_ignore(session, AdapterRow).values(**record.model_dump()))
         if message is not None:
             _note(session, moved, message, level)
         return moved
@@ -266,9 +266,11 @@ def ingest_events(db: Database, run_id: str, events: Sequence[Event], segments: 
     with db.write() as session:
         if events:
             rows = [_event_values(run_id, event) for event in sorted(events, key=lambda event: event.created_at)]
-            session.execute(_or_ignore(session, EventRow), rows)
+            session.execute(insert_or_ignore(session, EventRow), rows)
         if segments:
-            session.execute(_or_ignore(session, SegmentRow), [{"run_id": run_id, "path": path} for path in segments])
+            session.execute(
+                insert_or_ignore(session, SegmentRow), [{"run_id": run_id, "path": path} for path in segments]
+            )
 
 
 # --- adapters -------------------------------------------------------------------------------------------------------
@@ -321,17 +323,11 @@ def _note(session: Session, run: Run | RunRow, message: str, level: Literal["inf
     """An event of the control plane's own; its id makes it one per attempt and state."""
     event_id, data = f"a{run.attempt}-control-{run.state.value}", {"state": run.state.value}
     event = Event(id=event_id, created_at=time.time(), type="state", level=level, message=message, data=data)
-    session.execute(_or_ignore(session, EventRow), [_event_values(run.id, event)])
+    session.execute(insert_or_ignore(session, EventRow), [_event_values(run.id, event)])
 
 
 def _event_values(run_id: str, event: Event) -> dict[str, Any]:
     return {"run_id": run_id, "event_id": event.id, **event.model_dump(mode="json", exclude={"id"})}
-
-
-def _or_ignore(session: Session, table: type[Base]) -> postgresql.Insert | sqlite.Insert:
-    """An insert that leaves a row which is already there as it is."""
-    kind = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
-    return kind(table).on_conflict_do_nothing()
 
 
 def _illegal(run: Run, to: RunState, *, gone: bool = False) -> IllegalTransition:

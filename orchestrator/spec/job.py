@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, field_validator, model_validator
 
+from orchestrator.names import NAME_PATTERN
+
 
 class SpecModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -175,10 +177,10 @@ class EvaluateSpec(SpecModel):
 
 
 class JobSpec(SpecModel):
-    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
     """Unique among the tenant's runs: lower-case letters, digits and dashes, at most 63."""
 
-    tenant: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")] = "default"
+    tenant: Annotated[str, Field(pattern=NAME_PATTERN)] = "default"
     """Owner of the run and of what comes out of it."""
 
     base_model: str

@@ -1,21 +1,12 @@
-"""Leases: one holder, expiry, renewal, release."""
+"""Leases: one holder, expiry, renewal, release; on both kinds of database."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from orchestrator.db import Database, leases, open_database
-
-
-@pytest.fixture
-def db(tmp_path: Path) -> Iterator[Database]:
-    db = open_database(f"sqlite:///{tmp_path / 'state.db'}")
-    yield db
-    db.close()
+from orchestrator.db import Database, leases
 
 
 @pytest.fixture
