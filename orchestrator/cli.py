@@ -16,9 +16,10 @@ from typing import Annotated
 import typer
 
 from orchestrator import __version__
-from orchestrator.commands import adapters, cluster, data, runs, schema
+from orchestrator.commands import adapters, cluster, data, keys, runs, schema, tenants, usage
 from orchestrator.commands.output import print_error, say
 from orchestrator.errors import AdaptoryError
+from orchestrator.redaction import redact
 
 app = typer.Typer(
     name="adaptory",
@@ -39,8 +40,11 @@ def _mount(part: typer.Typer, name: str, words: str) -> None:
 runs.register(app)
 _mount(adapters.app, "adapters", "List, show, verify and export what was trained.")
 _mount(data.app, "data", "Look at training data before a run does.")
+_mount(keys.app, "keys", "Make, rotate and revoke API keys.")
 _mount(runs.app, "runs", "List, show, watch, stop and resume runs.")
+_mount(tenants.app, "tenants", "List and add tenants, and set what they may use.")
 schema.register(app)
+usage.register(app)
 cluster.register(app)
 
 
@@ -112,7 +116,7 @@ def _crash(error: Exception, *, as_json: bool) -> int:
     """Something we did not foresee: one line, and the traceback in a file to send to us."""
     text = "".join(traceback.format_exception(error))
     if os.environ.get("ADAPTORY_DEBUG"):
-        say(text)
+        say(redact(text))
     first = (str(error).strip() or "no message").splitlines()[0]
     message = f"Something unexpected went wrong ({type(error).__name__}: {first})."
     path = _write_crash(text)
@@ -126,8 +130,8 @@ def _write_crash(text: str) -> Path | None:
         logs = Path(os.environ.get("ADAPTORY_HOME") or "~/.adaptory").expanduser() / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         path = logs / f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
-        # The command line may hold a path or a value of --set, never a key: keys come from the environment.
-        path.write_text(f"adaptory {__version__}, Python {sys.version.split()[0]}\n{sys.argv!r}\n\n{text}")
+        text = f"adaptory {__version__}, Python {sys.version.split()[0]}\n{sys.argv!r}\n\n{text}"
+        path.write_text(redact(text))  # a person may have typed a key
         return path
     except OSError:
         return None

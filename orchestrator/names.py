@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from orchestrator.errors import InvalidName
+from orchestrator.redaction import redact
 
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 """Lower-case letters, digits and dashes, at most 63; neither the first nor the last is a dash."""
@@ -14,6 +15,10 @@ _NAME = re.compile(NAME_PATTERN.strip("^$"))
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _SHOWN = 80
+
+
+def is_name(value: str) -> bool:
+    return _NAME.fullmatch(value) is not None
 
 
 def check_name(value: str, what: str) -> str:
@@ -25,19 +30,25 @@ def check_name(value: str, what: str) -> str:
     Raises:
         InvalidName
     """
-    if not _NAME.fullmatch(value):
+    if not is_name(value):
         raise InvalidName(
             f"{shown(value)} is no name of a {what}.",
             hint="A name has 1 to 63 lower-case letters, digits and dashes, and no dash at its ends.",
             field=what,
-            value=value[:_SHOWN],
+            value=cut(value),
         )
     return value
 
 
 def shown(value: str) -> str:
-    """Somebody's text in quotes, cut to a length that a message can hold."""
-    return repr(value if len(value) <= _SHOWN else value[: _SHOWN - 1] + "…")
+    """Somebody's text in quotes, cut to a length that a message can hold, without the secret of a key."""
+    return repr(cut(value))
+
+
+def cut(value: str) -> str:
+    """The same without quotes."""
+    value = redact(value)
+    return value if len(value) <= _SHOWN else value[: _SHOWN - 1] + "…"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +66,8 @@ class QualifiedName:
         """
         tenant, slash, name = text.partition("/")
         if not slash:
-            hint = f"Write TENANT/NAME, such as acme/{text if _NAME.fullmatch(text) else 'intents'}."
-            raise InvalidName(f"{shown(text)} does not say whose {what} it is.", hint=hint, value=text[:_SHOWN])
+            hint = f"Write TENANT/NAME, such as acme/{text if is_name(text) else 'intents'}."
+            raise InvalidName(f"{shown(text)} does not say whose {what} it is.", hint=hint, value=cut(text))
         return cls(check_name(tenant, "tenant"), check_name(name, what))
 
     def __str__(self) -> str:
@@ -81,13 +92,13 @@ class AdapterReference:
         name, at, version = text.partition("@")
         if not at:
             hint = f"Write {text}@3, {text}@production or {text}@sha256:… ."
-            raise InvalidName(f"{shown(text)} does not say which version.", hint=hint, value=text[:_SHOWN])
+            raise InvalidName(f"{shown(text)} does not say which version.", hint=hint, value=cut(text))
         if not (_NUMBER.fullmatch(version) or _DIGEST.fullmatch(version)):
             if version.isdigit() or version.startswith("sha256"):
                 raise InvalidName(
                     f"{shown(version)} is neither a version nor a digest.",
                     hint="Versions count from 1; a digest is sha256: and 64 hexadecimal digits.",
-                    value=version[:_SHOWN],
+                    value=cut(version),
                 )
             check_name(version, "alias")
         whole = QualifiedName.parse(name, "adapter")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,17 @@ class Backend:
         from orchestrator.store import Store
 
         return Store(self.settings.store)
+
+    @cached_property
+    def actor(self) -> str:
+        """Who changes something, for the record: the account on this machine."""
+        import getpass
+        import socket
+
+        try:
+            return f"{getpass.getuser()}@{socket.gethostname()}"
+        except (KeyError, OSError):  # a container's user without a name
+            return f"uid-{os.getuid()}@{socket.gethostname()}"
 
     @cached_property
     def jobs(self) -> JobClient:
@@ -95,6 +107,16 @@ class _StoppedRay:
     @staticmethod
     def _stopped() -> ClusterError:
         return ClusterError("No local Ray runs.", hint="`adaptory up` starts it; a queued run is then sent to it.")
+
+
+def complete_tenant(incomplete: str) -> list[str]:
+    """Names of tenants for the shell."""
+    try:
+        from orchestrator.tenants.tenant import list_tenants
+
+        return [tenant.name for tenant in list_tenants(Backend().db) if tenant.name.startswith(incomplete)]
+    except Exception:
+        return []
 
 
 def complete_run(incomplete: str) -> list[str]:

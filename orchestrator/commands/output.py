@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orchestrator.errors import AdaptoryError
+from orchestrator.redaction import redact
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,15 +48,15 @@ def print_json_line(value: Any) -> None:
 
 
 def print_error(error: AdaptoryError, *, as_json: bool) -> None:
-    """One paragraph on stderr, or `{"error": {…}}` on stdout."""
+    """One paragraph on stderr, or `{"error": {…}}` on stdout. A key that somebody typed in the wrong place stays secret."""
     if as_json:
-        print_json({"error": error.to_dict()})
+        typer.echo(redact(json.dumps({"error": error.to_dict()}, indent=2, ensure_ascii=False, default=_plain)))
         return
     from rich.text import Text
 
-    text = Text.assemble(("Error: ", "bold red"), error.message)
+    text = Text.assemble(("Error: ", "bold red"), redact(error.message))
     if error.hint:
-        text.append(f" {error.hint}")
+        text.append(f" {redact(error.hint)}")
     console(error=True).print(text, soft_wrap=True)
 
 
