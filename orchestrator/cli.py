@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from orchestrator import __version__
-from orchestrator.commands import adapters, cluster, data, keys, runs, schema, tenants, usage
+from orchestrator.commands import adapters, cluster, data, keys, routes, runs, schema, tenants, usage
 from orchestrator.commands.output import print_error, say
 from orchestrator.errors import AdaptoryError
 from orchestrator.redaction import redact
@@ -41,6 +41,7 @@ runs.register(app)
 _mount(adapters.app, "adapters", "List, show, verify and export what was trained.")
 _mount(data.app, "data", "Look at training data before a run does.")
 _mount(keys.app, "keys", "Make, rotate and revoke API keys.")
+_mount(routes.app, "routes", "Say which adapters answer under which public name.")
 _mount(runs.app, "runs", "List, show, watch, stop and resume runs.")
 _mount(tenants.app, "tenants", "List and add tenants, and set what they may use.")
 schema.register(app)

@@ -1,7 +1,7 @@
 """What many tests share: a home of their own, tiny real models, an S3 server, a PostgreSQL server, one Ray.
 
 Nothing is started before the first test that asks for it. Costs: a tiny model 0.1 to 0.5 s after torch is imported, `s3`
-about 3 s once, `postgres` about 3 s once and 0.2 s for each database, `ray_local` about 4 s once.
+about 3 s once, `postgres` about 3 s once, `ray_local` about 4 s once.
 """
 
 from __future__ import annotations
@@ -236,7 +236,14 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def _serving(command: list[str], port: int, *, patience: float = 60.0, user: str | None = None) -> Iterator[None]:
+def _serving(
+    command: list[str],
+    port: int,
+    *,
+    patience: float = 60.0,
+    user: str | None = None,
+    stop: signal.Signals = signal.SIGTERM,
+) -> Iterator[None]:
     """Run a server (as `user`) until the block ends; yields once it accepts connections on the loopback `port`."""
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, user=user
@@ -254,7 +261,7 @@ def _serving(command: list[str], port: int, *, patience: float = 60.0, user: str
         yield
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, stop)
         process.wait(timeout=30)
 
 
@@ -300,7 +307,7 @@ def _postgres_binaries() -> Path | None:
 
 @pytest.fixture(scope="session")
 def _postgres_server() -> Iterator[str]:
-    """A server of this session's own; yields a URL without a database name. It refuses root, so root lends it a user."""
+    """A server of this session's own; yields its URL. It refuses root, so root lends it a user."""
     binaries = _postgres_binaries()
     if binaries is None:
         pytest.skip("PostgreSQL is not installed: `make test` does it, or apt-get install postgresql")
@@ -315,28 +322,39 @@ def _postgres_server() -> Iterator[str]:
         command = [str(binaries / "initdb"), "--pgdata", str(data), *create]
         subprocess.run(command, check=True, capture_output=True, user=user, cwd="/")
         options = ["-h", "127.0.0.1", "-p", str(port), "-k", str(directory), "-c", "fsync=off"]
-        with _serving([str(binaries / "postgres"), "-D", str(data), *options], port, user=user):
-            yield f"postgresql://adaptory@127.0.0.1:{port}"
+        command = [str(binaries / "postgres"), "-D", str(data), *options]
+        with _serving(command, port, user=user, stop=signal.SIGQUIT):  # at once: nothing of it is kept
+            url = f"postgresql://adaptory@127.0.0.1:{port}/postgres"
+            _answering(url)
+            yield url
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-@pytest.fixture
-def postgres(_postgres_server: str) -> str:
-    """URL of a fresh, empty database."""
+def _answering(url: str, *, patience: float = 60.0) -> None:
+    """Wait for the server to answer: it accepts connections a moment before."""
     import psycopg
 
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + patience
     while True:
         try:
-            with psycopg.connect(f"{_postgres_server}/postgres", autocommit=True) as connection:
-                connection.execute(f"CREATE DATABASE {name}")
-            return f"{_postgres_server}/{name}"
-        except psycopg.OperationalError:  # it accepts connections a moment before it answers them
+            psycopg.connect(url).close()
+            return
+        except psycopg.OperationalError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
+
+
+@pytest.fixture
+def postgres(_postgres_server: str) -> str:
+    """URL of fresh, empty state: a schema of its own, since a database costs ten times as much."""
+    import psycopg
+
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(_postgres_server, autocommit=True) as connection:
+        connection.execute(f"CREATE SCHEMA {name}")
+    return f"{_postgres_server}?options=-csearch_path%3D{name}"
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -119,6 +119,17 @@ def complete_tenant(incomplete: str) -> list[str]:
         return []
 
 
+def complete_route(incomplete: str) -> list[str]:
+    """Names of routes for the shell."""
+    try:
+        from orchestrator.routing.repository import list_routes
+
+        names = [str(route.public_name) for route in list_routes(Backend().db)]
+        return [name for name in names if name.startswith(incomplete)]
+    except Exception:
+        return []
+
+
 def complete_run(incomplete: str) -> list[str]:
     """Names of runs for the shell; a Tab never shows that the settings or the database are wrong, the command itself does."""
     try:
