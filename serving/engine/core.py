@@ -54,7 +54,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Delivery:
-    """News of one request: an event, or the error that ended it."""
+    """News of one request: an event, the error that ended it, or neither when it was aborted."""
 
     request_id: str
     event: TokenEvent | None
@@ -307,8 +307,9 @@ class EngineCore:
         try:
             if token is None:
                 raise EngineError(
-                    "The model gave logits that are not finite.",
-                    hint="Its adapter is the likely cause: evaluate it.",
+                    "No next token could be chosen: the logits are not finite, or the response format allows none.",
+                    hint="Evaluate the adapter, and check the schema.",
+                    request=answer.request.id,
                     adapter=answer.request.adapter,
                 )
             return Delivery(answer.request.id, self._advance(answer, token))

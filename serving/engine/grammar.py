@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from orchestrator.errors import InvalidRequest
 from serving.engine.protocol import JsonObject, JsonSchema, ResponseFormat
+
+log = logging.getLogger(__name__)
 
 
 class Grammars:
@@ -68,9 +71,16 @@ class GrammarState:
         self._allowed = torch.full((1, -(-vocab // 32)), -1, dtype=torch.int32)
 
     def allowed(self) -> Tensor:
-        """[vocab / 32] int32; bit n % 32 of number n // 32 says whether token n may come next."""
+        """[vocab / 32] int32; bit n % 32 of number n // 32 says whether token n may come next.
+
+        None may where the matcher fails: that ends its own request, not the step.
+        """
         self._allowed.fill_(-1)
-        self._matcher.fill_next_token_bitmask(self._allowed)
+        try:
+            self._matcher.fill_next_token_bitmask(self._allowed)
+        except (RuntimeError, ValueError):
+            log.exception("a grammar failed")
+            self._allowed.zero_()
         return self._allowed[0]
 
     def accept(self, token: int) -> None:

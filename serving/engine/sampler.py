@@ -47,7 +47,8 @@ def _sampled(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
     """Inverse of the cumulative distribution at each answer's own number: [answers]."""
     device = logits.device
     vocab = logits.shape[1]
-    temperature = torch.tensor([c.sampling.temperature for c in choices], device=device)[:, None]
+    # a lower one than this is the likeliest token, and would only divide by almost nothing
+    temperature = torch.tensor([max(c.sampling.temperature, 1e-5) for c in choices], device=device)[:, None]
     probabilities = torch.softmax(logits / temperature, -1)
     at = torch.tensor([uniform(c.seed, c.number) for c in choices], dtype=torch.float64, device=device)[:, None]
     limited = [n for n, c in enumerate(choices) if 0 < c.sampling.top_k < vocab or c.sampling.top_p < 1.0]

@@ -12,16 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-SIDES = Path(__file__).parent / "sides"
-BUILD = ROOT / "build" / "bench"
+from sides.running import BUILD, SIDES, Result, environment, measure
+
 LOSS_TOLERANCE = 0.05
 """Of the first step, before any update: both sides compute it in bf16, in another order."""
 
@@ -34,21 +30,19 @@ MODES = [
 VARIANTS = [{}, {"attention": "eager"}, {"autocast": True}]
 """Tried on the best modes: another attention, bf16 autocast instead of plain bf16 weights."""
 
-Result = dict[str, Any]
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5, help="timed optimiser steps of a paired run")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--model", type=Path, help="directory of the base model; default: SmolLM2-135M-Instruct")
-    parser.add_argument("--trl", type=Path, help="Python with TRL installed; default: an environment is made in build/")
+    parser.add_argument("--trl", help="Python with TRL installed; default: an environment is made in build/")
     options = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
     model = options.model or base_model()
     rows = BUILD / "rows.jsonl"
     write_rows(model, rows, 16 * (1 + max(options.steps, 4)))
-    trl_python = options.trl or trl_environment()
+    trl_python = options.trl or environment("trl", SIDES / "trl-requirements.txt")
 
     common = {"model": model, "rows": rows, "batch-size": 16, "rank": 8, "learning-rate": 1e-3}
     steps = {"steps": options.steps + 1}
@@ -56,7 +50,7 @@ def main() -> None:
     ours, trl, floors = [], [], []
     for pair in range(options.pairs):
         ours.append(measure(sys.executable, "ours_train.py", common | steps))
-        trl.append(measure(str(trl_python), "trl_train.py", common | steps | best))
+        trl.append(measure(trl_python, "trl_train.py", common | steps | best))
         floors.append(
             measure(sys.executable, "matmul_floor.py", {"model": model, "micro-batches": ours[-1]["micro_batches"]})
         )
@@ -83,7 +77,7 @@ def report(ours: list[Result], trl: list[Result], floors: list[Result]) -> None:
     )
 
 
-def best_of_trl(python: Path, common: Result) -> tuple[Result, Result]:
+def best_of_trl(python: str, common: Result) -> tuple[Result, Result]:
     """TRL's fastest mode on this machine, and the result of the plain padded mode with the same rows in the same order."""
     print("TRL + PEFT, real tokens/s of each mode (one timed step):", flush=True)
     short = [(mode, tried(python, common | {"steps": 2} | mode)) for mode in MODES]
@@ -107,7 +101,7 @@ def speed_of(item: tuple[Result, Result | None]) -> float:
     return item[1]["tokens_per_second"] if item[1] else 0.0
 
 
-def tried(python: Path, options: Result) -> Result | None:
+def tried(python: str, options: Result) -> Result | None:
     """The result of one mode, printed; None where TRL refuses it or runs out of memory or time."""
     mode = {
         key: value
@@ -115,35 +109,12 @@ def tried(python: Path, options: Result) -> Result | None:
         if key in ("mode", "micro-batch", "pack-length", "attention", "autocast")
     }
     try:
-        result = measure(str(python), "trl_train.py", options)
+        result = measure(python, "trl_train.py", options)
     except RuntimeError as error:
         print(f"  {name(mode):48} does not run: {str(error).strip().splitlines()[-1][:120]}", flush=True)
         return None
     print(f"  {name(mode):48} {result['tokens_per_second']:7.1f}  {result['peak_rss_mb']:6.0f} MB", flush=True)
     return result
-
-
-def measure(python: str, script: str, options: Result) -> Result:
-    """Run one side to its end; the last line it prints is JSON.
-
-    Raises:
-        RuntimeError: it failed or took over 20 minutes; the message ends with its last line.
-    """
-    command = [python, str(SIDES / script)]
-    for key, value in options.items():
-        command += [f"--{key}"] if value is True else [f"--{key}", value if isinstance(value, str) else as_text(value)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT) if python == sys.executable else "", "HF_HUB_OFFLINE": "1"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"{script} took over {error.timeout:.0f} seconds") from error
-    if done.returncode:
-        raise RuntimeError(done.stderr or f"{script} ended with {done.returncode}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def as_text(value: Any) -> str:
-    return str(value) if isinstance(value, Path) else json.dumps(value)
 
 
 def name(mode: Result) -> str:
@@ -190,27 +161,6 @@ def write_rows(model: Path, target: Path, count: int) -> None:
             ids = [int(token) for token in tokens.ids]
             labels = [token if learned else -100 for token, learned in zip(ids, tokens.loss_mask, strict=True)]
             out.write(json.dumps({"input_ids": ids, "labels": labels}) + "\n")
-
-
-def trl_environment() -> Path:
-    """Python of an environment that holds TRL and nothing of ours; made once."""
-    directory, pins = BUILD / "trl", SIDES / "trl-requirements.txt"
-    stamp = directory / "installed.txt"
-    if not stamp.exists() or stamp.read_text() != pins.read_text():
-        print(f"Installing TRL into {directory} (about a minute).", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", directory], check=True)
-        pip = [
-            directory / "bin" / "python",
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-compile",
-            "--disable-pip-version-check",
-        ]
-        subprocess.run([*pip, "--requirement", pins], check=True)
-        stamp.write_text(pins.read_text())
-    return directory / "bin" / "python"
 
 
 if __name__ == "__main__":

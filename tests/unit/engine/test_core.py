@@ -15,6 +15,7 @@ from orchestrator.errors import (
     StepFailed,
 )
 from serving.engine.core import answers
+from serving.engine.grammar import GrammarState
 from serving.engine.protocol import FinishReason, GenerateRequest, Sampling
 
 ARCHITECTURES = ("llama", "llama-untied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
@@ -266,3 +267,18 @@ def test_a_poisoned_answer_ends_alone_and_leaves_nothing_behind(make_engine, gre
     rest = [t for d in told + list(answers(core)) if d.event for t in d.event.tokens]
     assert rest == expected
     assert [d.tokens for d in run(core, [greedy([8, 9]) for _ in range(3)])] == [expected] * 3
+
+
+def test_a_grammar_that_fails_ends_its_own_request_alone(make_engine, greedy, run):
+    class Broken:
+        def fill_next_token_bitmask(self, bits):
+            raise RuntimeError("no state")
+
+    core = make_engine()
+    expected = run(core, [greedy([8, 9])])[0].tokens
+    bound, free = greedy([5, 6, 7]), greedy([8, 9])
+    core.add(bound, GrammarState(Broken(), core.network.architecture.vocab_size))
+    core.add(free)
+    told = list(answers(core))
+    assert [(d.request_id, type(d.error)) for d in told if d.error] == [(bound.id, EngineError)]
+    assert [t for d in told if d.event for t in d.event.tokens] == expected

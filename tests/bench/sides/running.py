@@ -1,0 +1,66 @@
+"""What benchmarks share: each side is a process that ends with one line of JSON, some in environments of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[3]
+SIDES = Path(__file__).parent
+BUILD = ROOT / "build" / "bench"
+
+Result = dict[str, Any]
+
+
+def measure(python: str, script: str, options: Result, *, patience: float = 1200, **environment: str) -> Result:
+    """Run one side to its end; the last line it prints is JSON.
+
+    Args:
+        python: interpreter of the side's environment.
+        script: a file of this folder.
+        options: as `--name value`; True stands for a flag.
+        patience: seconds.
+
+    Raises:
+        RuntimeError: it failed or took longer; the message ends with its last lines.
+    """
+    command = [python, str(SIDES / script)]
+    for key, value in options.items():
+        command += [f"--{key}"] if value is True else [f"--{key}", value if isinstance(value, str) else _text(value)]
+    everything = os.environ | {"PYTHONPATH": str(ROOT) if python == sys.executable else "", "HF_HUB_OFFLINE": "1"}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=everything | environment, timeout=patience, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{script} took over {error.timeout:.0f} seconds") from error
+    if done.returncode:
+        raise RuntimeError((done.stderr or f"{script} ended with {done.returncode}")[-4000:])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def environment(name: str, pins: Path, without: tuple[str, ...] = ()) -> str:
+    """Python of an environment that holds a requirements file and nothing of ours; made once.
+
+    Args:
+        without: packages to remove again after the installation.
+    """
+    directory = BUILD / name
+    python, stamp = directory / "bin" / "python", directory / "installed.txt"
+    if not stamp.exists() or stamp.read_text() != pins.read_text():
+        print(f"Installing {name} into {directory}.", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", directory], check=True)
+        pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "install", "--no-compile", "--requirement", pins], check=True)
+        if without:
+            subprocess.run([*pip, "uninstall", "--yes", *without], check=True)
+        stamp.write_text(pins.read_text())
+    return str(python)
+
+
+def _text(value: Any) -> str:
+    return str(value) if isinstance(value, Path) else json.dumps(value)
