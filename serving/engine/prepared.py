@@ -94,13 +94,13 @@ def _pairs(
     sides: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if (found := split_name(name)) is None:
-            raise _unfit(adapter, f"{name!r} is no LoRA tensor", "coverage")
+            raise _unfit(adapter, f"{name!r} is no LoRA tensor", "names")
         sides.setdefault(found[0], {})[found[1]] = tensor
     for module, pair in sides.items():
         if (place := places.get(module)) is None:
-            raise _unfit(adapter, f"{module} is no linear of the base", "coverage")
+            raise _unfit(adapter, f"{module} is no linear of the base", "names")
         if pair.keys() != {"A", "B"}:
-            raise _unfit(adapter, f"{module} has lora_{min(pair)} alone", "coverage")
+            raise _unfit(adapter, f"{module} has lora_{min(pair)} alone", "names")
         a, b, rank = pair["A"], pair["B"], config.rank_of(module)
         shapes = (rank, place.in_features), (place.out_features, rank)
         if (tuple(a.shape), tuple(b.shape)) != shapes:
