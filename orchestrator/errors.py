@@ -305,6 +305,30 @@ class EngineStopped(EngineError):
     code = "engine_stopped"
 
 
+class ReplicaUnavailable(EngineError):
+    """No replica of an engine takes the request now, or the one that did is gone; asking again can succeed."""
+
+    code = "replica_unavailable"
+
+
+class RequestTooLarge(AdaptoryError):
+    """A request's body has more bytes than are read. Context: `limit`."""
+
+    code = "request_too_large"
+
+
+class RequestTimeout(AdaptoryError):
+    """A request's body did not arrive in time. Context: `seconds`."""
+
+    code = "request_timeout"
+
+
+class RateLimited(AdaptoryError):
+    """A tenant has used up what it may. Context: `limit`, `retry_after` (seconds; null: never)."""
+
+    code = "rate_limit_exceeded"
+
+
 class TenantError(AdaptoryError):
     """A tenant that cannot do what was asked of it. Context: `tenant`."""
 

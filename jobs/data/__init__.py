@@ -2,9 +2,8 @@
 
 On the machine that submits: `check(spec)` reads every row and raises a `DataError` with file and line, `resolve(spec,
 store=…)` copies local files to the store and names all data by its bytes, `try_rows` tokenises the first rows if the model
-is here. On the cluster: `prepare(data, spec, …)` gives
-tokenised rows, memory-mapped from the node's cache. To look at: `preview(spec, tokenizer=…)`,
-with `load_tokenizer(directory)`.
+is here. On the cluster: `prepare(data, spec, …)` gives tokenised rows, memory-mapped from the node's cache. To look at:
+`preview(spec, tokenizer=…)`.
 
 Sources are files (JSONL, JSON, CSV, Parquet, plain lines), globs, directories, `s3://…`, `hf:NAME[:CONFIG][:SPLIT]` and
 `example:NAME/SPLIT`; formats are chat, prompt_completion, alpaca, sharegpt, input_ideal and text.
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from jobs.data.checking import check, resolve
     from jobs.data.preparing import PreparedData, TestRow, prepare
     from jobs.data.previewing import PreviewRow, preview
-    from jobs.data.render import load_tokenizer
     from jobs.data.report import DataReport, SplitReport
     from jobs.data.rows import TokenizedRows, Tokens
     from jobs.data.sampling import try_rows
@@ -31,7 +29,6 @@ _HOME = {
     "resolve": "checking",
     "PreparedData": "preparing",
     "TestRow": "preparing",
-    "load_tokenizer": "render",
     "prepare": "preparing",
     "PreviewRow": "previewing",
     "preview": "previewing",
@@ -51,7 +48,6 @@ __all__ = [
     "TokenizedRows",
     "Tokens",
     "check",
-    "load_tokenizer",
     "prepare",
     "preview",
     "resolve",

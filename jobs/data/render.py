@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import jinja2
@@ -18,7 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from jobs.data.formats import Conversation, Message
 from jobs.data.rows import Tokens
 from orchestrator.errors import DataError, ModelError
-from orchestrator.modeling import light_transformers
+from orchestrator.modeling import prompts
 
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -122,7 +121,7 @@ class Renderer:
         try:
             # its annotation (-> str) is wrong: it returns the texts, and ranges of characters for each
             texts, marked = cast(Any, render_jinja_template)(
-                [_for_template(conversation.messages)],
+                [prompts.for_template(conversation.messages)],
                 tools=conversation.tools,
                 chat_template=self._chat_template,
                 return_assistant_tokens_mask=True,
@@ -167,9 +166,7 @@ class Renderer:
         return with_prompt.removeprefix(without)
 
     def _template(self, messages: list[Message], tools: Any, *, prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(
-            _for_template(messages), tools=tools, tokenize=False, add_generation_prompt=prompt
-        )
+        return prompts.render(self.tokenizer, messages, tools, answer_next=prompt)
 
     def _checked(self, conversation: Conversation, messages: list[Message], *, prompt: bool = False) -> str:
         try:
@@ -252,25 +249,6 @@ def token_mask(offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> np.
     return mask
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer in a base model's directory; no code of the model is run.
-
-    Raises:
-        ModelError: there is none that can be loaded.
-    """
-    light_transformers.prepare()
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and tokenizers' bare Exception
-        raise ModelError(
-            f"The tokenizer in {directory} cannot be loaded: {(str(error).strip() or repr(error)).splitlines()[0]}",
-            hint="The directory needs tokenizer.json or the files it is made from.",
-            model=str(directory),
-        ) from error
-
-
 def tokenizer_digest(tokenizer: Any) -> str:
     """SHA-256 over everything that decides which tokens a row becomes."""
     parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
@@ -279,10 +257,6 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 def _learned(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("weight") != 0
-
-
-def _for_template(messages: list[Message]) -> list[Message]:
-    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
 
 
 def _refused(conversation: Conversation, error: Exception) -> DataError:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from jobs.data.checking import as_list, reference_rows
 from jobs.data.formats import conversations
-from jobs.data.render import Renderer, load_tokenizer
+from jobs.data.render import Renderer
 from jobs.data.sources import is_remote
 from jobs.data.tokenise import fitting, nothing_left
+from orchestrator.modeling.prompts import load_tokenizer
 from orchestrator.spec.job import DataSpec
 
 ROWS = 64

@@ -11,6 +11,7 @@ from jobs.data import TestRow
 from jobs.data.render import Renderer
 from orchestrator.modeling.decoder import Decoder
 from orchestrator.modeling.generate import Prompt, generate
+from orchestrator.modeling.prompts import end_tokens, prompt_ids
 from serving.engine.core import EngineCore, answers
 from serving.engine.network import ServedNetwork
 from serving.engine.protocol import GenerateRequest, Sampling
@@ -44,9 +45,7 @@ def answer(
         progress: told how many answers there are.
     """
     renderer = Renderer(tokenizer)
-    prompts = [
-        tokenizer(renderer.prompt(row.messages, row.tools), add_special_tokens=False)["input_ids"] for row in rows
-    ]
+    prompts = [prompt_ids(tokenizer, renderer.prompt(row.messages, row.tools)) for row in rows]
     if not rows:
         return [[] for _ in candidates]
     asked = [(prompt, candidate) for candidate in candidates for prompt in prompts]
@@ -58,14 +57,6 @@ def answer(
         out = generate(model, plain, max_new_tokens=max_new_tokens, end=end, progress=progress)
         texts = tokenizer.batch_decode(out, skip_special_tokens=True)
     return [texts[n * len(rows) : (n + 1) * len(rows)] for n in range(len(candidates))]
-
-
-def end_tokens(tokenizer: Any) -> frozenset[int]:
-    """What ends a turn: the tokenizer's end of sequence and the template's end of turn."""
-    names = [tokenizer.eos_token, "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"]
-    vocabulary = tokenizer.get_vocab()
-    found = {vocabulary[name] for name in names if name in vocabulary}
-    return frozenset(found) or frozenset({0})
 
 
 _AT_ONCE = 64  # answers decoded together; more gain little on a CPU

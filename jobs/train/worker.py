@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jobs.data import PreparedData, load_tokenizer, prepare
+from jobs.data import PreparedData, prepare
 from jobs.train.checkpoints import Checkpoints
 from jobs.train.control import Control
 from jobs.train.loop import Hooks, Progress, mean_loss, train
@@ -18,6 +18,7 @@ from jobs.train.session import Session
 from jobs.train.setup import Trainable, explained, make_trainable, validation_batches
 from orchestrator.errors import AdaptoryError
 from orchestrator.modeling.base_model import BaseModel, materialize, require_chat_template
+from orchestrator.modeling.prompts import load_tokenizer
 from orchestrator.runs.result import RunResult
 from orchestrator.runs.states import RunState
 from orchestrator.store import checkpoint_path

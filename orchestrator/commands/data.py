@@ -73,8 +73,8 @@ def _data_spec(subject: str) -> tuple[DataSpec, str | None]:
 
 
 def _tokenizer(reference: str) -> Any:
-    from jobs.data import load_tokenizer
     from orchestrator.modeling.base_model import materialize
+    from orchestrator.modeling.prompts import load_tokenizer
     from orchestrator.settings import load_settings
 
     return load_tokenizer(materialize(reference, cache=load_settings().cache, say=say).path)

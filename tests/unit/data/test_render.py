@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from jobs.data.files import Where
 from jobs.data.formats import Conversation, Message
-from jobs.data.render import Renderer, load_tokenizer, token_mask, tokenizer_digest
+from jobs.data.render import Renderer, token_mask, tokenizer_digest
 from orchestrator.errors import DataError, ModelError
+from orchestrator.modeling.prompts import load_tokenizer
 
 USER = {"role": "user", "content": "What is the capital of France?"}
 ANSWER = {"role": "assistant", "content": "The capital of France is Paris."}
