@@ -95,6 +95,11 @@ class LocalEngine:
     def stats(self) -> EngineStats:
         return self._core.stats()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it still answers."""
+        return self._thread.is_alive()
+
     async def close(self) -> None:
         with self._wake:
             self._closing = True

@@ -1,0 +1,96 @@
+"""Which replica answers: one that has the request's adapter, else the one whose turn it is by rendezvous hashing.
+
+Runs inside Serve's handles, in the gateways. What each replica has comes by Serve's routing stats: each replica tells the
+controller, which tells all handles (`RESIDENCY_SECONDS`). Rendezvous hashing (Thaler and Ravishankar, 1998) needs no feed:
+all gateways send a cold adapter to the same replica, and when a replica comes or goes only its own adapters move.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from serving.engine.protocol import GenerateRequest
+
+RESIDENCY_SECONDS = 0.5
+"""Between two looks at what a replica has."""
+
+
+def ranked(
+    adapter: str | None,
+    replicas: Sequence[str],
+    residency: Mapping[str, Mapping[str, Collection[str]]],
+    busy: Callable[[str], bool],
+) -> list[list[str]]:
+    """Replicas in the order of preference; those of one group are equally good.
+
+    A replica with a full batch comes after all others, so that an adapter which many ask for spreads instead of keeping
+    one replica busy and the others idle (ray#65691).
+
+    Args:
+        residency: of each replica the digests in its `engine` and its `memory`.
+    """
+    if adapter is None:
+        shuffled = random.sample(replicas, len(replicas))
+        return [group for group in ([r for r in shuffled if not busy(r)], [r for r in shuffled if busy(r)]) if group]
+
+    def has(replica: str, tier: str) -> bool:
+        return adapter in residency.get(replica, {}).get(tier, ())
+
+    order = sorted(replicas, key=lambda replica: _weight(adapter, replica), reverse=True)
+    in_engine = [r for r in order if has(r, "engine") and not busy(r)]
+    in_memory = [r for r in order if has(r, "memory") and not has(r, "engine") and not busy(r)]
+    cold = [[r] for r in order if not has(r, "memory") and not busy(r)]
+    full = [r for r in order if busy(r)]
+    return [group for group in (in_engine, in_memory, *cold, full) if group]
+
+
+def _weight(adapter: str, replica: str) -> bytes:
+    return hashlib.blake2b(f"{adapter} {replica}".encode(), digest_size=8).digest()
+
+
+REPLICAS: dict[str, dict[str, dict[str, Any]]] = {}
+"""What each replica of each deployment told last, by their names: the feed of all routers in this process."""
+
+
+class AdapterRouter(RequestRouter):
+    """`ranked`, as Serve asks for it."""
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        """
+        Args:
+            kwargs: `full_batch`, the requests on a replica with which its batch is full.
+        """
+        self._full_batch: int = kwargs["full_batch"]
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Called when a replica comes or goes, and when one has told something new."""
+        super().update_replicas(replicas)
+        REPLICAS[self._deployment_id.name] = {replica.replica_id.unique_id: _told(replica) for replica in replicas}
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        residency = {name: _told(replica) for name, replica in by_name.items()}
+
+        def busy(name: str) -> bool:
+            length = self.replica_queue_len_cache.get(by_name[name].replica_id)
+            return length is not None and length >= self._full_batch
+
+        groups = ranked(_adapter_of(pending_request), list(by_name), residency, busy)
+        return [[by_name[name] for name in group] for group in groups]
+
+
+def _told(replica: RunningReplica) -> dict[str, Any]:
+    return replica.routing_stats or {}
+
+
+def _adapter_of(pending: PendingRequest | None) -> str | None:
+    if pending is None:
+        return None
+    return next((a.adapter for a in pending.args if isinstance(a, GenerateRequest)), pending.kwargs.get("adapter"))

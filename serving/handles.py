@@ -1,0 +1,91 @@
+"""An engine's replicas as the gateway sees them: one `BaseEngine` over a Serve handle."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray.exceptions import RayActorError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
+
+from orchestrator.errors import AdaptoryError, EngineOverloaded, ReplicaUnavailable
+from serving.engine.protocol import GenerateRequest, TokenEvent
+from serving.gateway.ports import Running
+from serving.wire import Begun
+
+log = logging.getLogger(__name__)
+
+_TRIES = 3
+_GONE = (RayActorError, DeploymentUnavailableError, RequestCancelledError, TaskCancelledError)
+"""What a replica's end looks like from here; nothing of it is the request's fault."""
+
+
+class HandleEngine:
+    """
+    Args:
+        handle: of a deployment of `EngineReplica`s.
+        patience: seconds until the first event must be there.
+    """
+
+    def __init__(self, handle: Any, patience: float = 300.0):
+        self._answer = handle.options(stream=True).answer
+        self._patience = patience
+
+    async def begin(self, request: GenerateRequest, *, stream: bool) -> Running:
+        for tries_left in reversed(range(_TRIES)):
+            items = self._answer.remote(request, stream)
+            try:
+                async with asyncio.timeout(self._patience):
+                    first = await anext(items)
+            except TimeoutError as error:
+                items.cancel()
+                raise ReplicaUnavailable(
+                    f"No replica began to answer within {self._patience:g} s.", hint="Ask again."
+                ) from error
+            except BackPressureError as error:
+                raise EngineOverloaded("All replicas are full.", hint="Ask again later.") from error
+            except (*_GONE, StopAsyncIteration) as error:
+                log.warning("%s: a replica is gone before it answered: %s", request.id, error)
+                if not tries_left:
+                    raise _gone() from error
+                continue
+            except BaseException:  # the client went away
+                items.cancel()
+                raise
+            if isinstance(first, AdaptoryError):
+                raise first
+            assert isinstance(first, Begun)
+            answer = _Answer(first.event, items)
+            return Running(first.replica, answer.events(), answer.close)
+        raise AssertionError("unreachable")
+
+
+class _Answer:
+    """What is left of an answer's items."""
+
+    def __init__(self, first: TokenEvent, items: Any):
+        self._first, self._items = first, items
+        self._ended = first.finish is not None
+
+    async def events(self) -> AsyncIterator[TokenEvent]:
+        yield self._first
+        try:
+            while not self._ended:
+                item = await anext(self._items)
+                if isinstance(item, AdaptoryError):
+                    raise item
+                self._ended = item.finish is not None
+                yield item
+        except (*_GONE, StopAsyncIteration) as error:
+            raise _gone() from error
+
+    async def close(self) -> None:
+        """Has the replica abort it; one that is complete costs no call."""
+        if not self._ended:
+            self._items.cancel()
+
+
+def _gone() -> ReplicaUnavailable:
+    return ReplicaUnavailable("The replica that answered is gone.", hint="Ask again.")
