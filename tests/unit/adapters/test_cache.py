@@ -575,6 +575,9 @@ class Life(RuleBasedStateMachine):
     @invariant()
     def promises(self):
         residency, engine, metrics = self.cache.residency, self.engine, self.cache.metrics
+        assert self.cache._stopped is None, "a promise that the engine's or the loads' side saw broken"
+        failures = [lease.has.exception() for lease in self.leases if lease.has.done()]
+        assert all(failure is None or failure.message in ("bad", "gone") for failure in failures)
         assert set(engine.leased) <= engine.present
         assert set(engine.leased) <= residency.engine <= residency.memory
         assert residency.engine <= engine.present
