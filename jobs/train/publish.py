@@ -16,7 +16,7 @@ from jobs.evaluate import BASE, Candidate, answer, compare
 from jobs.train.artifact import PUBLISHED, check_same, load_adapter, write_full_weights, write_trained_adapter
 from jobs.train.fence import check_still_ours
 from jobs.train.session import Session
-from jobs.train.setup import Trainable, load_network
+from jobs.train.setup import Trainable, give_back_freed_memory, load_network
 from orchestrator.modeling.base_model import BaseModel
 from orchestrator.modeling.decoder import Decoder, adapter_tensors
 from orchestrator.modeling.loading import DTYPES, full_tensors, load_model
@@ -45,6 +45,7 @@ def publish(session: Session, trainable: Trainable, base: BaseModel, tokenizer: 
     if state is None:
         return session.result(RunState.SUCCEEDED)
     full = isinstance(spec.tuning, FullTuning)
+    give_back_freed_memory()
     with tempfile.TemporaryDirectory(prefix="adaptory-", dir=session.cache) as folder:
         directory = Path(folder) / "artifact"
         with session.phase("publishing"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -120,30 +121,28 @@ class _StoppedRay:
 
 def complete_tenant(incomplete: str) -> list[str]:
     """Names of tenants for the shell."""
-    try:
-        from orchestrator.tenants.tenant import list_tenants
+    from orchestrator.tenants.tenant import list_tenants
 
-        return [tenant.name for tenant in list_tenants(Backend().db) if tenant.name.startswith(incomplete)]
-    except Exception:
-        return []
+    return _complete(incomplete, lambda db: (tenant.name for tenant in list_tenants(db)))
 
 
 def complete_route(incomplete: str) -> list[str]:
     """Names of routes for the shell."""
-    try:
-        from orchestrator.routing.repository import list_routes
+    from orchestrator.routing.repository import list_routes
 
-        names = [str(route.public_name) for route in list_routes(Backend().db)]
-        return [name for name in names if name.startswith(incomplete)]
-    except Exception:
-        return []
+    return _complete(incomplete, lambda db: (str(route.public_name) for route in list_routes(db)))
 
 
 def complete_run(incomplete: str) -> list[str]:
-    """Names of runs for the shell; a Tab never shows that the settings or the database are wrong, the command itself does."""
-    try:
-        from orchestrator.runs.repository import list_runs
+    """Names of runs for the shell."""
+    from orchestrator.runs.repository import list_runs
 
-        return [run.name for run in list_runs(Backend().db) if run.name.startswith(incomplete)]
+    return _complete(incomplete, lambda db: (run.name for run in list_runs(db)))
+
+
+def _complete(incomplete: str, names: Callable[[Database], Iterable[str]]) -> list[str]:
+    """A Tab never shows that the settings or the database are wrong; the command itself does."""
+    try:
+        return [name for name in names(Backend().db) if name.startswith(incomplete)]
     except AdaptoryError:
         return []

@@ -62,7 +62,10 @@ class Verification(BaseModel):
             kind = SignatureInvalid if bad[0].check == "signature" else AdapterError
             raise kind(
                 f"The adapter {self.digest} is not what was published: {bad[0].detail}",
-                hint="Do not use it; train it again or restore it from a backup.",
+                hint="If it was published before adapters were signed, or by a key that was replaced, `adaptory adapters sign` "
+                "checks and signs it; else do not use it."
+                if kind is SignatureInvalid
+                else "Do not use it; train it again or restore it from a backup.",
                 adapter=self.digest,
                 check=bad[0].check,
             )
