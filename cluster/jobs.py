@@ -75,6 +75,20 @@ class RayJobClient:
             job["submission_id"] for job in jobs if job.get("submission_id") and not JobStatus(job["status"]).final
         )
 
+    def newest(self, prefix: str) -> str | None:
+        """The entrypoint of the newest job of this prefix that succeeded, if this very code was its own; else None."""
+        jobs = [
+            job
+            for job in self.dashboard.get("/api/jobs/").json()
+            if (job.get("submission_id") or "").startswith(prefix)
+        ]
+        done = [job for job in jobs if JobStatus(job["status"]) is JobStatus.SUCCEEDED]
+        if not done:
+            return None
+        job = max(done, key=lambda job: job.get("end_time") or 0)
+        ours = f"gcs://{code_package()[0]}"
+        return job["entrypoint"] if (job.get("runtime_env") or {}).get("working_dir") == ours else None
+
     def delete(self, submission_id: str) -> None:
         """Forget a job that has ended, with its record; no error when it is unknown."""
         self.dashboard.delete(f"/api/jobs/{submission_id}")

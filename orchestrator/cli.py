@@ -16,7 +16,19 @@ from typing import Annotated
 import typer
 
 from orchestrator import __version__
-from orchestrator.commands import adapter_versions, adapters, cluster, data, keys, routes, runs, schema, tenants, usage
+from orchestrator.commands import (
+    adapter_versions,
+    adapters,
+    chat,
+    cluster,
+    data,
+    keys,
+    routes,
+    runs,
+    schema,
+    tenants,
+    usage,
+)
 from orchestrator.commands.output import print_error, say
 from orchestrator.errors import AdaptoryError, UsageError
 from orchestrator.redaction import redact
@@ -48,6 +60,7 @@ _mount(tenants.app, "tenants", "List and add tenants, and set what they may use.
 schema.register(app)
 usage.register(app)
 cluster.register(app)
+chat.register(app)
 
 
 def _version(wanted: bool) -> None:

