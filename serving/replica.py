@@ -68,10 +68,11 @@ class EngineReplica:
 
     def __init__(self, options: EngineOptions, name: str):
         self.name, self._options = name, options
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
+        # One pool of threads, the engine's: if this thread had one as well, there would be more threads than cores, and
+        # OpenMP would put them to sleep between any two operations. That halves the speed.
+        torch.set_num_threads(1)
         self.core = _core(options)
-        self.engine = LocalEngine(self.core)
+        self.engine = LocalEngine(self.core, options.threads)
         requirements = Requirements(
             options.digest, self.core.network.places, self.core.network.dtype, max_rank=options.max_rank
         )

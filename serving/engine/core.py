@@ -108,9 +108,7 @@ class EngineCore:
                 return []
             self._cache.clear(self._scheduler.pool.newly_taken())
             batch = self._batch(work)
-            hidden = self.network.hidden(
-                batch.ids, batch.attention.positions, batch.attention, self.network.mixture(batch.segments), batch.keep
-            )
+            hidden = self.network.hidden(batch.ids, batch.attention, batch.segments, batch.keep)
             for done in batch.work:
                 self._scheduler.advance(done)
             chosen = [done.sequence for done in batch.work if len(done.sequence.tokens) == done.sequence.computed]
@@ -291,8 +289,8 @@ class EngineCore:
                     keep.append(len(ids) - 1)
             segments.append(Segment(adapter, start, len(ids)))
         spans = [Span(w.sequence.blocks, w.sequence.computed + w.count, w.count) for w in work]
-        a, device = self.network.architecture, self.network.device
-        attention = StepAttention(self._cache, spans, a.num_kv_heads, a.num_heads // a.num_kv_heads)
+        device = self.network.device
+        attention = self.network.attention(self._cache, spans)
         kept = None if len(keep) == len(ids) else torch.tensor(keep or [0], device=device)
         return Batch(work, torch.tensor(ids, device=device), attention, segments, kept)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from orchestrator.errors import EngineStopped
 from serving.engine.core import Delivery, EngineCore
@@ -34,10 +37,11 @@ class LocalEngine:
 
     Args:
         core: from now on only this engine's thread touches it.
+        threads: for torch to compute with; None: as many as the process has cores.
     """
 
-    def __init__(self, core: EngineCore):
-        self._core = core
+    def __init__(self, core: EngineCore, threads: int | None = None):
+        self._core, self._threads = core, threads or len(os.sched_getaffinity(0))
         self._asked: list[Callable[[], None]] = []
         self._wake = threading.Condition()
         self._closing = False
@@ -109,6 +113,7 @@ class LocalEngine:
     # the engine's thread
 
     def _run(self) -> None:
+        torch.set_num_threads(self._threads)  # is the calling thread's alone
         try:
             while not self._closing:
                 for do in self._next():
