@@ -41,6 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         )
     },
     "wide": {"config": AdapterConfig(16, 16, ("o_proj",))},
+    "vast": {"config": AdapterConfig(65, 65, ("o_proj",))},
     "phantom": {"config": AdapterConfig(8, 16, ("q_proj",)), "others": (PHANTOM,)},
     "foreign": {"config": AdapterConfig(8, 16, ("q_proj",)), "prefix": "language_model."},
 }
@@ -51,6 +52,13 @@ OURS = ("all", "rs", "mixed", "wide")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "vllm: needs vLLM's environment; `make test-vllm` makes it")
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    if not VLLM_PYTHON:
+        pytest.skip("needs vLLM's environment: make test-vllm")
+    return VLLM_PYTHON
 
 
 @pytest.fixture(scope="session")
