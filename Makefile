@@ -15,16 +15,19 @@ RECORD := $(BIN)/python -c 'import json, pathlib, sys, time; p = pathlib.Path("b
 	d = json.loads(p.read_text()) if p.exists() else {}; \
 	d[sys.argv[1]] = round(time.time() - float(sys.argv[2]), 1); p.write_text(json.dumps(d) + "\n")'
 
-.PHONY: help demo test bench lint format clean postgres
+.PHONY: help demo test test-vllm bench lint format clean postgres
 
 help: ## list the goals
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.adaptory ## fine-tune a real model on real data, serve it and ask it (about ten minutes, no GPU)
 	$(BIN)/python jobs/examples/demo.py
 
 test: lint | postgres ## lint, types, import borders and every test
 	$(BIN)/python -m pytest
+
+test-vllm: $(VENV)/.adaptory-dev ## vLLM behind the Engine protocol and on Ray Serve, in an environment of its own (3 GB in build/)
+	$(BIN)/python tests/vllm/run.py $(ARGS)
 
 bench: $(VENV)/.adaptory-dev ## list the benchmarks; NAME=… runs one
 ifdef NAME

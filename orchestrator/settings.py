@@ -43,12 +43,15 @@ class Settings(BaseSettings):
     max_rank: int = Field(default=256, ge=1)
     """Largest LoRA rank that an import admits."""
 
+    vllm_python: Path | None = None
+    """Interpreter of the environment with vLLM, on the nodes; for `up --engine vllm`."""
+
     @field_validator("trusted_keys", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
-    @field_validator("home", "signing_key")
+    @field_validator("home", "signing_key", "vllm_python")
     @classmethod
     def _expand(cls, value: Path | None) -> Path | None:
         return value.expanduser().absolute() if value else None

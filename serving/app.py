@@ -7,16 +7,16 @@ code, wherever it is.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
+import shlex
 import sys
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
 
@@ -34,14 +34,14 @@ from orchestrator.tenants.keys import authenticate
 from orchestrator.tenants.usage import UsageWriter
 from serving.adapter_router import REPLICAS, RESIDENCY_SECONDS, AdapterRouter
 from serving.background import Repeated
-from serving.engine.protocol import GenerateRequest
+from serving.engine.choice import EngineChoice, OwnEngine, VllmChoice
 from serving.gateway.app import create_app
 from serving.gateway.gateway import Gateway, ServedBase
 from serving.gateway.prompts import Prompts
 from serving.handles import HandleEngine
 from serving.known_adapters import KnownAdapters
-from serving.replica import EngineOptions, EngineReplica
-from serving.wire import Item
+from serving.replica import EngineOptions
+from serving.served_engine import ServedEngine
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ class ServedModel(BaseModel):
     """As clients call it."""
     reference: str
     replicas: int = 1
+    engine: EngineChoice = Field(default_factory=OwnEngine)
 
 
 class Plan(BaseModel):
@@ -180,35 +181,6 @@ def _log_lines() -> None:
     logger.setLevel(logging.INFO)
 
 
-# --- engines --------------------------------------------------------------------------------------------------------
-
-
-class ServedEngine:
-    """A replica of an engine, as Serve calls it."""
-
-    async def __init__(self, options: EngineOptions):  # type: ignore[misc]  # Serve awaits it
-        self._replica = EngineReplica(options, serve.get_replica_context().replica_id.unique_id)
-        await self._replica.start()
-
-    async def answer(self, request: GenerateRequest, stream: bool) -> AsyncGenerator[Item, None]:
-        async with contextlib.aclosing(self._replica.answer(request, stream)) as items:
-            async for item in items:
-                yield item
-
-    async def prefetch(self, adapter: str) -> None:
-        self._replica.prefetch(adapter)
-
-    def record_routing_stats(self) -> dict[str, Any]:
-        return self._replica.residency()
-
-    def check_health(self) -> None:
-        self._replica.check()
-
-    async def __del__(self) -> None:
-        if hasattr(self, "_replica"):
-            await self._replica.close()
-
-
 # --- the application ------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +219,7 @@ def _engine(base: _Base, plan: Plan, settings: Settings) -> Any:
         max_length=base.max_length,
         max_sequences=plan.max_sequences,
         threads=plan.threads,
+        engine=base.model.engine,
     )
     router = RequestRouterConfig.model_validate(
         {
@@ -263,12 +236,12 @@ def _engine(base: _Base, plan: Plan, settings: Settings) -> Any:
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
         health_check_period_s=5.0,
         request_router_config=router,
-        ray_actor_options=_actor(plan, gpus=1 if _gpus() else 0),
+        ray_actor_options=_actor(plan, gpus=1 if _gpus() else 0, engine=base.model.engine),
     )
     return engine(ServedEngine).bind(options)
 
 
-def _actor(plan: Plan, gpus: int = 0) -> dict[str, Any]:
+def _actor(plan: Plan, gpus: int = 0, engine: EngineChoice | None = None) -> dict[str, Any]:
     """Reserves no CPU: a reserved one is one that no job on a small machine can have, used or not. And a reservation of
     none has Ray set OMP_NUM_THREADS to 1, which is for the engine to say."""
     inherited = ray.get_runtime_context().runtime_env.get("env_vars") or {}  # of this job: where state is
@@ -277,7 +250,9 @@ def _actor(plan: Plan, gpus: int = 0) -> dict[str, Any]:
         # 0.1 ms instead of 3 that a thread waits awake: where others want the cores too, waiting so long halves the speed
         "GOMP_SPINCOUNT": "10000",
     } | inherited
-    return {"num_cpus": 0, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
+    # a shell reads it
+    python = {"py_executable": shlex.quote(engine.python)} if isinstance(engine, VllmChoice) else {}
+    return {"num_cpus": 0, "num_gpus": gpus, "runtime_env": {"env_vars": environment} | python}
 
 
 def _gpus() -> float:

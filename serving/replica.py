@@ -6,28 +6,27 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from orchestrator.errors import AdaptoryError, EngineStopped, ModelError
-from orchestrator.modeling.base_model import materialize
-from orchestrator.modeling.decoder import Decoder
-from orchestrator.modeling.loading import DTYPES, load_model
-from orchestrator.modeling.prompts import end_tokens, load_tokenizer
+from orchestrator.modeling.base_model import BaseModel, materialize
 from orchestrator.store import Store
 from serving.adapters.admission import Requirements
 from serving.adapters.cache import AdapterCache, CacheLimits
 from serving.adapters.loader import LoaderSettings
 from serving.adapters.process import LoaderProcess
-from serving.engine.core import EngineCore
-from serving.engine.local import LocalEngine
-from serving.engine.network import ServedNetwork
-from serving.engine.protocol import GenerateRequest
-from serving.engine.scheduler import Limits
+from serving.engine.choice import EngineChoice, OwnEngine, VllmChoice
+from serving.engine.prepared import Place, Places
+from serving.engine.protocol import Engine, GenerateRequest
 from serving.wire import Begun, Item, joined
+
+if TYPE_CHECKING:
+    from serving.engine.network import ServedNetwork
+    from serving.engine.scheduler import Limits
 
 log = logging.getLogger(__name__)
 
@@ -58,27 +57,24 @@ class EngineOptions:
     """Of adapters, in each replica."""
     threads: int | None = None
     """Of torch; None: its own choice, all cores."""
+    engine: EngineChoice = field(default_factory=OwnEngine)
 
 
 class EngineReplica:
     """
     Raises:
-        ModelError: the base is not there, is another one than its digest says, or has no fused decoder.
+        ModelError: the base is not there, is another one than its digest says, or cannot be served by this engine.
     """
 
     def __init__(self, options: EngineOptions, name: str):
         self.name, self._options = name, options
-        # One pool of threads, the engine's: if this thread had one as well, there would be more threads than cores, and
-        # OpenMP would put them to sleep between any two operations. That halves the speed.
-        torch.set_num_threads(1)
-        self.core = _core(options)
-        self.engine = LocalEngine(self.core, options.threads)
-        requirements = Requirements(
-            options.digest, self.core.network.places, self.core.network.dtype, max_rank=options.max_rank
-        )
+        base, choice = _base(options), options.engine
+        built = _vllm(options, base, choice) if isinstance(choice, VllmChoice) else _own(options, base)
+        self.engine = built.engine
+        requirements = Requirements(options.digest, built.places, built.dtype, max_rank=built.max_rank)
         disk = options.cache / "adapters"
         settings = LoaderSettings(options.store_url, disk, options.disk_bytes, requirements)
-        self.loader = LoaderProcess(settings, pinned=self.core.network.device.type == "cuda")
+        self.loader = LoaderProcess(settings, pinned=built.pinned)
         limits = CacheLimits(slots=options.max_adapters, memory=options.memory_bytes)
         self.cache = AdapterCache(self.loader, self.engine, limits)
 
@@ -131,7 +127,7 @@ class EngineReplica:
             EngineStopped: it answers nothing any more.
         """
         if not self.engine.alive:
-            raise EngineStopped("The engine's thread has ended.", hint="Start the replica anew.")
+            raise EngineStopped("The engine has ended.", hint="Start the replica anew.")
 
     def prefetch(self, adapter: str) -> None:
         """Have it ready; the next request for it finds it here."""
@@ -142,7 +138,19 @@ class EngineReplica:
         await asyncio.gather(self.engine.close(), self.loader.close())
 
 
-def _core(options: EngineOptions) -> EngineCore:
+@dataclass(frozen=True)
+class _Built:
+    """An engine, and what an adapter must be to go into it."""
+
+    engine: Engine
+    places: Places
+    dtype: torch.dtype
+    max_rank: int
+    pinned: bool
+    """Whether adapters go from here to a GPU."""
+
+
+def _base(options: EngineOptions) -> BaseModel:
     base = materialize(options.reference, cache=options.cache, store=Store(options.store_url))
     if base.digest != options.digest:
         raise ModelError(
@@ -150,23 +158,70 @@ def _core(options: EngineOptions) -> EngineCore:
             hint="Its files were changed: run `adaptory up` again.",
             model=options.reference,
         )
+    return base
+
+
+def _own(options: EngineOptions, base: BaseModel) -> _Built:
+    # imported here: vLLM's environment has another transformers, and needs none of it
+    from orchestrator.modeling.decoder import Decoder
+    from orchestrator.modeling.loading import DTYPES, load_model
+    from orchestrator.modeling.prompts import end_tokens, load_tokenizer
+    from serving.engine.core import EngineCore
+    from serving.engine.local import LocalEngine
+    from serving.engine.network import ServedNetwork
+
+    # One pool of threads, the engine's: if this thread had one as well, there would be more threads than cores, and OpenMP
+    # would put them to sleep between any two operations. That halves the speed.
+    torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(base.path, dtype=DTYPES[options.dtype], device=device)
     if not isinstance(model, Decoder):
         raise ModelError(
             f"The engine does not run {base.model_type} models yet.",
-            hint="Serve it with vLLM, or choose another base model.",
+            hint="Serve it with vLLM (`adaptory up --engine vllm`), or choose another base model.",
             model=options.reference,
         )
     tokenizer = load_tokenizer(base.path)
     network = ServedNetwork(model.eval())
     limits = engine_limits(options, network)
     log.info("%s is loaded: %d tokens of key-value cache", options.reference, limits.cache_tokens)
-    return EngineCore(network, tokenizer, end_tokens(tokenizer), limits)
+    engine = LocalEngine(EngineCore(network, tokenizer, end_tokens(tokenizer), limits), options.threads)
+    return _Built(engine, network.places, network.dtype, options.max_rank, pinned=device == "cuda")
+
+
+def _vllm(options: EngineOptions, base: BaseModel, choice: VllmChoice) -> _Built:
+    from orchestrator.modeling.adapter_check import base_modules
+
+    places = {name: Place(name, 0, *shape) for name, shape in base_modules(base.path).items()}
+    dtype, max_rank = getattr(torch, options.dtype), min(options.max_rank, choice.max_rank)
+    try:
+        from serving.engine.vllm import VllmEngine, VllmLimits
+
+        limits = VllmLimits(
+            max_sequences=options.max_sequences,
+            max_length=options.max_length,
+            max_waiting=8 * options.max_sequences,
+            max_adapters=options.max_adapters,
+            batch_adapters=choice.batch_adapters,
+            max_rank=max_rank,
+            cache_share=options.cache_share,
+            eager=choice.eager,
+        )
+        engine = VllmEngine(base.path, places, dtype, limits)
+    except Exception as error:  # one of vLLM's own could not be unpickled where it is read
+        raise ModelError(
+            f"vLLM cannot serve {options.reference}: {type(error).__name__}: {str(error)[:500]}",
+            hint=f"The replica's log says more; {choice.python} needs vllm and serving/engine/vllm-requirements.txt.",
+            model=options.reference,
+        ) from None
+    # its workers read adapters from files
+    return _Built(engine, places, dtype, max_rank, pinned=False)
 
 
 def engine_limits(options: EngineOptions, network: ServedNetwork) -> Limits:
     """As much key-value cache as memory allows, and no more than all sequences at their longest could fill."""
+    from serving.engine.scheduler import Limits
+
     most = options.max_sequences * options.max_length
     room = network.cache_tokens(options.cache_share)
     return Limits(

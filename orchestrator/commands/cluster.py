@@ -37,6 +37,10 @@ def up(
     dtype: Annotated[
         str, typer.Option(help="Of the weights: bfloat16, or float32 where a CPU is slow at the other.")
     ] = "bfloat16",
+    engine: Annotated[
+        serving.EngineName,
+        typer.Option(help="What answers: Adaptory's own engine, or vLLM in the environment of ADAPTORY_VLLM_PYTHON."),
+    ] = serving.EngineName.ADAPTORY,
     as_json: Json = False,
 ) -> None:
     """Start the local Ray, or check that the cluster of ADAPTORY_RAY_ADDRESS answers, and serve; print where, and the first key."""
@@ -50,7 +54,7 @@ def up(
     if not backend.settings.remote:
         serving.metrics_key(backend.settings)
     application = serving.start(
-        client, backend.settings, backend.db, backend.store, bases=base or (), port=port, dtype=dtype
+        client, backend.settings, backend.db, backend.store, bases=base or (), port=port, dtype=dtype, engine=engine
     )
     key = serving.first_key(backend.db, backend.settings.tenant, actor=backend.actor)
     _print(_facts(client, backend.settings, application), as_json, key.secret if key else None)

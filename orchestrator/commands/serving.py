@@ -8,6 +8,7 @@ import shlex
 import socket
 import time
 from collections.abc import Sequence
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from orchestrator.commands.output import say
@@ -28,6 +29,13 @@ DEFAULT_BASE = "smollm2-135m-instruct"
 """Served where nothing has been trained yet: small, and it needs no model hub."""
 
 FIRST_PORT = 8000
+
+
+class EngineName(StrEnum):
+    ADAPTORY = "adaptory"
+    VLLM = "vllm"
+
+
 _POLL_SECONDS = 0.5
 _JOB = "serving-"
 
@@ -41,6 +49,7 @@ def start(
     bases: Sequence[str],
     port: int | None,
     dtype: str,
+    engine: EngineName,
 ) -> Application:
     """Deploy the application, or change what runs to what is asked for; returns when it answers.
 
@@ -51,6 +60,7 @@ def start(
 
     Raises:
         ClusterError: it cannot be deployed; the message says why.
+        SettingsError: vLLM is asked for, and its environment is not there.
     """
     from cluster import serving
 
@@ -61,7 +71,8 @@ def start(
         )
     references = list(bases) or trained_bases(db) or [DEFAULT_BASE]
     port = port or (_port(now.url) if now else FIRST_PORT if settings.remote else _free_port())
-    plan = {"port": port, "dtype": dtype, "models": [_model(each) for each in references]}
+    chosen = _engine(engine, settings)
+    plan = {"port": port, "dtype": dtype, "models": [_model(each) | chosen for each in references]}
     command = shlex.join(["python", "-m", "serving", "--plan", json.dumps(plan)])
     if now is not None and now.running and client.newest(_JOB) == command:
         return now
@@ -109,6 +120,15 @@ def trained_bases(db: Database) -> list[str]:
 
 
 # --- details --------------------------------------------------------------------------------------------------------
+
+
+def _engine(name: EngineName, settings: Settings) -> dict[str, dict[str, str]]:
+    """What a model's part of the plan says of it (`serving.engine.choice`); our own needs no word."""
+    if name is EngineName.ADAPTORY:
+        return {}
+    from cluster.other_python import vllm_python
+
+    return {"engine": {"type": name, "python": vllm_python(settings)}}
 
 
 def _model(reference: str) -> dict[str, str]:

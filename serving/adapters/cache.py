@@ -45,7 +45,7 @@ class Loads(Protocol):
 
 
 class Slots(Protocol):
-    """Where they go: `serving.engine.local.LocalEngine`."""
+    """Where they go: an `Engine`."""
 
     async def swap_adapters(self, install: Mapping[str, Prepared], remove: Collection[str]) -> None: ...
 
@@ -336,6 +336,11 @@ class AdapterCache:
             self._place_soon()
 
     def _failed(self, entry: _Entry, error: AdaptoryError) -> None:
+        self._loaded(entry)
+        self._refuse(entry, error)
+
+    def _refuse(self, entry: _Entry, error: AdaptoryError) -> None:
+        """Whoever waits for it is told, and whoever asks for a while."""
         refused = isinstance(error, AdapterError)
         self.metrics.refused_loads += refused
         self.metrics.failed_loads += not refused
@@ -344,7 +349,6 @@ class AdapterCache:
         self._refused.move_to_end(entry.digest)
         while len(self._refused) > 1024:
             self._refused.popitem(last=False)
-        self._loaded(entry)
         entry.wished = False
         _tell(entry, error)
         self._settle(entry)
@@ -452,6 +456,19 @@ class AdapterCache:
             self._to_install = OrderedDict({entry.digest: entry for entry in install}) | self._to_install
             self._publish()
             await asyncio.sleep(0.01)
+            return
+        except AdapterError as error:  # the engine cannot serve one of them, so it has changed nothing
+            if not any(entry.digest == error.context.get("adapter") for entry in install):
+                raise
+            for victim in remove:
+                self._has_come(victim)
+            for entry in install:
+                if entry.digest == error.context["adapter"]:
+                    self._drop(entry)
+                    self._refuse(entry, error)
+                else:
+                    self._to_install[entry.digest] = entry
+            self._publish()
             return
         for victim in remove:
             self.metrics.engine_evictions += 1

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from orchestrator.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from serving.engine.prepared import Prepared
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,20 @@ class Engine(Protocol):
             AdapterInUse: requests still use it.
         """
 
+    async def swap_adapters(self, install: Mapping[str, Prepared], remove: Collection[str]) -> None:
+        """Free slots and fill others, all of it or nothing; what is loaded already stays as it is.
+
+        Raises:
+            AdapterInUse: requests still use one of `remove`.
+            NoFreeSlot: there would be too many.
+            AdapterError: this engine cannot serve one of `install`.
+        """
+
     def stats(self) -> EngineStats: ...
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still answers."""
 
     async def close(self) -> None:
         """End every request with `EngineStopped`, then the engine."""

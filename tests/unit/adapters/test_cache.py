@@ -58,11 +58,13 @@ class Loads:
 
 
 class Engine:
-    """Its slots. While `held`, swaps wait as they do for a long step; who is in `lingering` cannot leave."""
+    """Its slots. While `held`, swaps wait as they do for a long step; who is in `lingering` cannot leave, and
+    who is in `unfit` cannot be served."""
 
     def __init__(self, slots: int):
         self.slots, self.present, self.lingering = slots, set(), set()
         self.held: asyncio.Event | None = None
+        self.unfit: set[str] = set()
         self.swapping = 0
         self.leased: Counter[str] = Counter()
 
@@ -74,6 +76,8 @@ class Engine:
                 await self.held.wait()
             if self.lingering & set(remove):
                 raise AdapterInUse("still answering")
+            if unfit := self.unfit & set(install):
+                raise AdapterError("does not fit", adapter=min(unfit), check="names")
             assert set(remove) <= self.present
             assert not {digest for digest in remove if self.leased[digest]}, "nothing in use leaves"
             assert not set(install) & self.present, "installed once"
@@ -166,6 +170,35 @@ def test_a_cold_adapter_takes_nothing_from_a_warm_one():
                 assert {name(1), name(2)} <= engine.present
         assert not any(lease.has.done() for lease in cold), "both slots are leased"
         assert cache.metrics.memory_bytes <= 1000
+
+    test()
+
+
+def test_an_adapter_that_the_engine_cannot_serve_is_refused_and_costs_the_others_nothing():
+    @running
+    async def test(cache, loads, engine):
+        engine.unfit = {name(3)}
+        there = [Lease(cache, number) for number in (1, 2)]
+        await quiet()
+        for lease in there:
+            loads.end(lease.digest)
+            await lease.has
+            await lease.end()
+        unfit, good = Lease(cache, 3), Lease(cache, 4)
+        await quiet()
+        loads.end(name(3))
+        loads.end(name(4))
+        with pytest.raises(AdapterError) as caught:
+            await unfit.has
+        assert caught.value.context["check"] == "names"
+        await good.has
+        assert name(4) in engine.present == cache.residency.engine
+        assert name(3) not in cache.residency.memory
+        assert cache.metrics.memory_bytes == 300
+        with pytest.raises(AdapterError):
+            await Lease(cache, 3).has
+        assert (cache.metrics.refused_loads, cache.metrics.remembered_refusals) == (1, 1)
+        assert loads.asked[name(3)] == 1
 
     test()
 

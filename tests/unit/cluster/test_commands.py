@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
 import shlex
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +15,11 @@ from typer.testing import CliRunner
 
 from cluster import doctor
 from cluster.doctor import Check, Level, examine
+from cluster.other_python import vllm_python
 from orchestrator.commands import cluster as commands
 from orchestrator.db import open_database
 from orchestrator.db.models import AdapterRow
-from orchestrator.errors import ClusterError
+from orchestrator.errors import ClusterError, SettingsError
 from orchestrator.settings import Settings
 from orchestrator.store import Store
 from orchestrator.tenants.keys import authenticate
@@ -195,3 +198,45 @@ def test_doctor_says_when_a_remote_cluster_is_away(monkeypatch: pytest.MonkeyPat
     code, out = run("doctor")
     assert code == 1
     assert "cannot be reached" in " ".join(out.split())
+
+
+def _python(directory: Path, **told: object) -> str:
+    """An interpreter that says this of itself."""
+    file = directory / "bin" / "python"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"#!/bin/sh\necho '{json.dumps(told)}'\n")
+    file.chmod(0o755)
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ({"python": "3.9.1", "vllm": True}, "is Python 3.9.1"),
+        ({"ray": "2.1.0", "vllm": True}, "has Ray 2.1.0"),
+        ({"ray": None, "vllm": False}, "has no Ray, not .* and has no vllm"),
+    ],
+)
+def test_an_environment_that_ray_cannot_use_for_vllm_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: dict[str, object], says: str
+) -> None:
+    good = {"python": platform.python_version(), "ray": version("ray")}
+    settings = Settings(vllm_python=Path(_python(tmp_path, **good | told)), ray_address=None)
+    with pytest.raises(SettingsError, match=says) as caught:
+        vllm_python(settings)
+    assert "vllm-requirements.txt" in (caught.value.hint or "")
+    requirements = next(word for word in (caught.value.hint or "").split() if word.endswith("requirements.txt"))
+    assert f"ray[serve]=={version('ray')}" in Path(requirements).read_text()
+
+
+def test_vllm_without_an_environment_is_refused_before_anything_is_submitted(
+    remote: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SettingsError, match="ADAPTORY_VLLM_PYTHON names none"):
+        run("up", "--engine", "vllm")
+    assert not remote.jobs
+    with pytest.raises(SettingsError, match="no Python that runs"):
+        vllm_python(Settings(vllm_python=tmp_path / "nothing", ray_address=None))
+    whole = {"python": platform.python_version(), "ray": version("ray"), "vllm": True}
+    python = _python(tmp_path, **whole)
+    assert vllm_python(Settings(vllm_python=Path(python), ray_address=None)) == python

@@ -1,0 +1,39 @@
+"""An engine's replica as Ray Serve runs it. Apart from `serving.app`, since vLLM's environment has none of what a gateway imports."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from ray import serve
+
+from serving.engine.protocol import GenerateRequest
+from serving.replica import EngineOptions, EngineReplica
+from serving.wire import Item
+
+
+class ServedEngine:
+    """A replica of an engine, as Serve calls it."""
+
+    async def __init__(self, options: EngineOptions):  # type: ignore[misc]  # Serve awaits it
+        self._replica = EngineReplica(options, serve.get_replica_context().replica_id.unique_id)
+        await self._replica.start()
+
+    async def answer(self, request: GenerateRequest, stream: bool) -> AsyncGenerator[Item, None]:
+        async with contextlib.aclosing(self._replica.answer(request, stream)) as items:
+            async for item in items:
+                yield item
+
+    async def prefetch(self, adapter: str) -> None:
+        self._replica.prefetch(adapter)
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        return self._replica.residency()
+
+    def check_health(self) -> None:
+        self._replica.check()
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_replica"):
+            await self._replica.close()
