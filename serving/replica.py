@@ -17,6 +17,7 @@ from orchestrator.modeling.base_model import materialize
 from orchestrator.modeling.decoder import Decoder
 from orchestrator.modeling.loading import DTYPES, load_model
 from orchestrator.modeling.prompts import end_tokens, load_tokenizer
+from orchestrator.registry.signing import Trust
 from orchestrator.store import Store
 from serving.adapters.admission import Requirements
 from serving.adapters.cache import AdapterCache, CacheLimits
@@ -42,6 +43,8 @@ class EngineOptions:
     store_url: str
     cache: Path
     """Of base models and adapters, on each node."""
+    trust: Trust
+    """Whose signatures count; what nobody of them has signed is not served."""
     dtype: str = "bfloat16"
     max_length: int = 4096
     """Tokens of prompt and answer together."""
@@ -73,7 +76,11 @@ class EngineReplica:
         self.core = _core(options)
         self.engine = LocalEngine(self.core)
         requirements = Requirements(
-            options.digest, self.core.network.places, self.core.network.dtype, max_rank=options.max_rank
+            options.digest,
+            self.core.network.places,
+            self.core.network.dtype,
+            max_rank=options.max_rank,
+            signature=options.trust.verify,
         )
         disk = options.cache / "adapters"
         settings = LoaderSettings(options.store_url, disk, options.disk_bytes, requirements)
