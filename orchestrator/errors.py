@@ -344,6 +344,13 @@ class TenantExists(TenantError):
     code = "tenant_exists"
 
 
+class TenantInUse(TenantError):
+    """It owns what would be lost with it. Context: `owns`, a count of each kind."""
+
+    code = "tenant_in_use"
+    exit_code = 1
+
+
 class ApiKeyError(AdaptoryError):
     """An API key that cannot be made, found or used. Context: `key`, the public id; never the secret."""
 

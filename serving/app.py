@@ -26,6 +26,7 @@ from orchestrator.limits.shared import TTL, SharedLimiter
 from orchestrator.modeling.base_model import materialize
 from orchestrator.modeling.model_files import read_config
 from orchestrator.modeling.prompts import load_tokenizer
+from orchestrator.registry.signing import Trust
 from orchestrator.routing.table import RouteTable, build_table
 from orchestrator.routing.watcher import RouteWatcher
 from orchestrator.settings import Settings, load_settings
@@ -80,6 +81,9 @@ class Plan(BaseModel):
     max_sequences: int = 32
     threads: int | None = None
     """Of each engine; None: all cores."""
+    trusted_keys: tuple[str, ...] = ()
+    """Public keys (PEM) whose signatures of adapters count. They are here, since replicas may be on machines that have none
+    of the keys' files."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,7 @@ def _engine(base: _Base, plan: Plan, settings: Settings) -> Any:
         digest=base.digest,
         store_url=settings.store,
         cache=settings.cache,
+        trust=Trust(tuple(key.encode() for key in plan.trusted_keys)),
         dtype=plan.dtype,
         max_length=base.max_length,
         max_sequences=plan.max_sequences,

@@ -14,6 +14,7 @@ import torch
 
 from orchestrator.errors import AdaptoryError, EngineStopped, ModelError
 from orchestrator.modeling.base_model import BaseModel, materialize
+from orchestrator.registry.signing import Trust
 from orchestrator.store import Store
 from serving.adapters.admission import Requirements
 from serving.adapters.cache import AdapterCache, CacheLimits
@@ -41,6 +42,8 @@ class EngineOptions:
     store_url: str
     cache: Path
     """Of base models and adapters, on each node."""
+    trust: Trust
+    """Whose signatures count; what nobody of them has signed is not served."""
     dtype: str = "bfloat16"
     max_length: int = 4096
     """Tokens of prompt and answer together."""
@@ -71,7 +74,9 @@ class EngineReplica:
         base, choice = _base(options), options.engine
         built = _vllm(options, base, choice) if isinstance(choice, VllmChoice) else _own(options, base)
         self.engine = built.engine
-        requirements = Requirements(options.digest, built.places, built.dtype, max_rank=built.max_rank)
+        requirements = Requirements(
+            options.digest, built.places, built.dtype, max_rank=built.max_rank, signature=options.trust.verify
+        )
         disk = options.cache / "adapters"
         settings = LoaderSettings(options.store_url, disk, options.disk_bytes, requirements)
         self.loader = LoaderProcess(settings, pinned=built.pinned)

@@ -54,7 +54,15 @@ def up(
     if not backend.settings.remote:
         serving.metrics_key(backend.settings)
     application = serving.start(
-        client, backend.settings, backend.db, backend.store, bases=base or (), port=port, dtype=dtype, engine=engine
+        client,
+        backend.settings,
+        backend.db,
+        backend.store,
+        bases=base or (),
+        port=port,
+        dtype=dtype,
+        engine=engine,
+        keys=backend.keys,
     )
     key = serving.first_key(backend.db, backend.settings.tenant, actor=backend.actor)
     _print(_facts(client, backend.settings, application), as_json, key.secret if key else None)

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.commands.output import say
 from orchestrator.errors import ClusterError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cluster.jobs import RayJobClient
     from cluster.serving import Application
     from orchestrator.db import Database
+    from orchestrator.registry.signing import Keys
     from orchestrator.settings import Settings
     from orchestrator.store import Store
     from orchestrator.tenants.keys import IssuedKey
@@ -50,6 +51,7 @@ def start(
     port: int | None,
     dtype: str,
     engine: EngineName,
+    keys: Keys,
 ) -> Application:
     """Deploy the application, or change what runs to what is asked for; returns when it answers.
 
@@ -57,10 +59,12 @@ def start(
         bases: references of base models; none: those that adapters were trained on.
         port: None: that which it has, else the first that is free.
         dtype: of weights and caches: `bfloat16` or `float32`.
+        keys: adapters that these have signed are served, others refused. Only public keys leave this machine.
 
     Raises:
         ClusterError: it cannot be deployed; the message says why.
         SettingsError: vLLM is asked for, and its environment is not there.
+        KeyUnusable: the signing key or a trusted one cannot be read.
     """
     from cluster import serving
 
@@ -72,7 +76,12 @@ def start(
     references = list(bases) or trained_bases(db) or [DEFAULT_BASE]
     port = port or (_port(now.url) if now else FIRST_PORT if settings.remote else _free_port())
     chosen = _engine(engine, settings)
-    plan = {"port": port, "dtype": dtype, "models": [_model(each) | chosen for each in references]}
+    plan = {
+        "port": port,
+        "dtype": dtype,
+        "models": [_model(each) | chosen for each in references],
+        "trusted_keys": _trusted(keys),
+    }
     command = shlex.join(["python", "-m", "serving", "--plan", json.dumps(plan)])
     if now is not None and now.running and client.newest(_JOB) == command:
         return now
@@ -115,8 +124,14 @@ def trained_bases(db: Database) -> list[str]:
 
     with db.read() as session:
         rows = session.execute(select(AdapterRow.base_digest, AdapterRow.provenance).order_by(AdapterRow.created_at))
-        found = {digest: (provenance.get("base_model") or {}).get("reference") for digest, provenance in rows if digest}
+        found = {digest: _base_reference(provenance) for digest, provenance in rows if digest}
     return [reference for reference in found.values() if reference]
+
+
+def _base_reference(provenance: dict[str, Any]) -> str | None:
+    """In what is published the summary's short form covers the provenance's record; an adapter without a summary has that."""
+    base = provenance.get("base_model")
+    return base.get("reference") if isinstance(base, dict) else base
 
 
 # --- details --------------------------------------------------------------------------------------------------------
@@ -139,6 +154,12 @@ def _model(reference: str) -> dict[str, str]:
     plain = reference.removesuffix("/").removesuffix(".gguf")
     name = names.get(reference, plain.rpartition("/")[2] if plain.startswith(("/", ".", "~", "s3:")) else plain)
     return {"name": name, "reference": reference}
+
+
+def _trusted(keys: Keys) -> list[str]:
+    """With our own, made now if it is new: what is trained or imported later is signed by it, and is to be served."""
+    keys.public()
+    return [key.decode() for key in keys.trust().keys]
 
 
 def _environment(settings: Settings, store: Store) -> dict[str, str]:

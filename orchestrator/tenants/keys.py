@@ -101,10 +101,12 @@ class Principal:
 
 
 def authenticate(db: Database, presented: str) -> Principal:
-    """Who has this key. One query by primary key, so that a revoked key and a changed quota count from the next request on.
+    """Who has this key. One query by primary key, so that a revoked key, a disabled tenant and a changed quota count from the
+    next request on.
 
     Raises:
-        ApiKeyRefused: it is no valid key. Only who holds the whole key learns that it has expired or was revoked.
+        ApiKeyRefused: it is no valid key. Only who holds the whole key learns that it has expired or was revoked, or that
+            its tenant is disabled.
     """
     if not secrets.is_key(presented):
         raise _refused("This is no API key.")
@@ -117,6 +119,10 @@ def authenticate(db: Database, presented: str) -> Principal:
     if (state := key.state()) in (KeyState.EXPIRED, KeyState.REVOKED):
         ended = "has expired" if state is KeyState.EXPIRED else "was revoked"
         raise _refused(f"The API key {key.prefix}… {ended}.", key=key.id)
+    if tenant.disabled_at is not None:
+        raise ApiKeyRefused(
+            f"The tenant {tenant.name} is disabled.", hint="Ask whoever runs this endpoint.", key=key.id
+        )
     return Principal(tenant, key.id, key.name, frozenset(key.scopes))
 
 

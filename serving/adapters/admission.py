@@ -56,8 +56,9 @@ _PATTERNS = 256  # each is tried on each module, and `re` keeps no more than 512
 _TARGETS = 4096
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-Signature = Callable[[Path, str], None]
-"""(directory, digest); raises AdapterError with check `signature`. It runs in the loader's process: it must pickle."""
+Signature = Callable[[Path, str], object]
+"""(directory, digest); raises AdapterError with check `signature`. It runs in the loader's process, so it must pickle, as
+`Trust.verify` of given keys does."""
 
 
 @dataclass(frozen=True)

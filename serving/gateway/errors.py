@@ -56,7 +56,7 @@ def body_of(error: Exception) -> dict[str, Any]:
 
 
 def headers_of(error: Exception) -> dict[str, str]:
-    """When to ask again, or that it is no use."""
+    """When to ask again, or that it is no use; which check refused an adapter."""
     match error:
         case errors.RateLimited():
             seconds = error.context.get("retry_after")
@@ -65,6 +65,8 @@ def headers_of(error: Exception) -> dict[str, str]:
             return _retry(OVERLOADED_RETRY)
         case errors.ApiKeyRefused():
             return {"www-authenticate": "Bearer"}
+        case errors.AdapterError() if check := error.context.get("check"):
+            return {"x-adaptory-check": check}
     return {}
 
 

@@ -20,6 +20,7 @@ from orchestrator.commands import cluster as commands
 from orchestrator.db import open_database
 from orchestrator.db.models import AdapterRow
 from orchestrator.errors import ClusterError, SettingsError
+from orchestrator.registry.signing import Keys
 from orchestrator.settings import Settings
 from orchestrator.store import Store
 from orchestrator.tenants.keys import authenticate
@@ -83,6 +84,7 @@ def test_up_serves_and_shows_the_first_key_once(remote: FakeRay, home: Path, mon
         "port": 9123,
         "dtype": "bfloat16",
         "models": [{"name": "qwen3-0.6b", "reference": "qwen3-0.6b"}],
+        "trusted_keys": [(home / "keys" / "signing.pub").read_text()],
     }
     assert first["serving"]["url"] == "http://127.0.0.1:9123/v1"
     db = open_database(Settings().database)
@@ -101,6 +103,22 @@ def test_up_serves_and_shows_the_first_key_once(remote: FakeRay, home: Path, mon
     assert first["api_key"] not in (home / "state.db").read_bytes().decode("latin-1")
 
 
+def test_only_public_keys_leave_this_machine(
+    remote: FakeRay, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours and the trusted ones, as they are now: other keys are another plan."""
+    run("up", "--base", "x", "--no-serve")
+    other = Keys(tmp_path / "theirs.pem", own=True).public()
+    (tmp_path / "theirs.pub").write_bytes(other)
+    run("up", "--base", "qwen3-0.6b")
+    monkeypatch.setenv("ADAPTORY_TRUSTED_KEYS", str(tmp_path / "theirs.pub"))
+    run("up", "--base", "qwen3-0.6b")
+    plans = [json.loads(shlex.split(job["entrypoint"])[-1]) for job in remote.jobs.values()]
+    ours = (home / "keys" / "signing.pub").read_text()
+    assert [plan["trusted_keys"] for plan in plans] == [[ours], [ours, other.decode()]]
+    assert "PRIVATE" not in json.dumps(list(remote.jobs.values()), default=str)
+
+
 def test_what_was_trained_is_what_is_served(remote: FakeRay) -> None:
     db = open_database(Settings().database)
     ensure_tenant(db, "acme", actor="test")
@@ -108,7 +126,7 @@ def test_what_was_trained_is_what_is_served(remote: FakeRay) -> None:
     for number, reference in enumerate(references):
         digest = f"sha256:{min(number, 1) * (number < 2)}"
         with db.write() as session:
-            provenance = {"base_model": {"reference": reference}}
+            provenance = {"base_model": reference if number else {"reference": reference}}
             given = {"name": "x", "run_id": "r", "rank": 4, "metrics": {}, "provenance": provenance}
             session.add(AdapterRow(tenant="acme", digest=str(number), base_digest=digest, created_at=number, **given))
     run("up", "--json")
