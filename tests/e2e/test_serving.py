@@ -5,6 +5,7 @@ One to three minutes on two cores, most of it starts; everything that is asked t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,10 +14,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import requests
 import torch
@@ -325,12 +328,137 @@ def test_chat_in_the_terminal(endpoint: Endpoint):
     assert "does not exist" in refused.stderr
 
 
-def test_status_and_down(endpoint: Endpoint):
+# --- replicas, jobs and the end: each of these leaves the application as the next one takes it --------------------------
+
+
+def test_a_job_beside_the_server_has_all_its_cpus_and_answers_go_on(endpoint: Endpoint):
+    spec = {
+        "name": "beside",
+        "base_model": str(endpoint.base),
+        "data": {"train": str(endpoint.home / "train.jsonl"), "format": "text"},
+        "train": {"epochs": 1000, "max_steps": 150, "batch_size": 8, "micro_batch_tokens": 512},
+        "resources": {"cpus_per_worker": os.cpu_count()},
+    }
+    rows = [{"text": f"Row {number} of nothing in particular."} for number in range(32)]
+    (endpoint.home / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (endpoint.home / "beside.yaml").write_text(json.dumps(spec))
+    submitted = endpoint.types("run", str(endpoint.home / "beside.yaml"), "--json")
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    asked, priorities, steps = 0, set(), 0
+    while (run := _run(endpoint))["state"] not in ("succeeded", "failed", "cancelled"):
+        assert endpoint.ask("acme").status_code == 200
+        priorities |= _training_priorities()
+        if steps < run["step"] < 150:
+            asked, steps = asked + 1, run["step"]
+    assert run["state"] == "succeeded", run
+    assert asked >= 2  # answers between whose questions it made progress
+    assert priorities == {19}
+
+
+def _run(endpoint: Endpoint) -> dict[str, Any]:
+    return json.loads(endpoint.types("runs", "show", "beside", "--json").stdout)
+
+
+def _training_priorities() -> set[int]:
+    """Of the threads that train, on this machine."""
+    found = set()
+    for process in psutil.process_iter(["cmdline"]):
+        if "RayTrainWorker" in " ".join(process.info["cmdline"] or ()):
+            for thread in Path(f"/proc/{process.pid}/task").glob("*"):
+                with contextlib.suppress(OSError):
+                    name = (thread / "comm").read_text()
+                    if "TrainingThread" in name:
+                        found.add(os.getpriority(os.PRIO_PROCESS, int(thread.name)))
+    return found
+
+
+def test_replicas_come_and_go_under_answers_of_which_none_is_cut(endpoint: Endpoint):
+    (before,) = _engines(endpoint)
+    seeds = long_answers(endpoint, 8)
+    with ThreadPoolExecutor(16) as people:
+        running = [people.submit(long_answer, endpoint, seed) for seed in seeds]
+        changed = endpoint.types("up", "--dtype", "float32", "--replicas", "2", "--json")
+        assert changed.returncode == 0, changed.stdout + changed.stderr
+        assert {answer.result() for answer in running} == {"length"}
+        until(lambda: len(_engines(endpoint)) == 2, 60)
+        assert before in _engines(endpoint)
+        base = endpoint.base_name
+        running = [people.submit(long_answer, endpoint, seed, model=base, ignore="length") for seed in seeds]
+        changed = endpoint.types("up", "--dtype", "float32", "--json")
+        assert changed.returncode == 0, changed.stdout + changed.stderr
+        while len(_engines(endpoint)) > 1:
+            assert endpoint.ask("acme").status_code == 200
+        assert {answer.result() for answer in running} <= {"length", "stop"}
+
+
+def long_answer(endpoint: Endpoint, seed: int, **fields: Any) -> str:
+    """Why it ended."""
+    fields.pop("ignore", None)
+    response = endpoint.ask("acme", stream=True, temperature=1.0, seed=seed, max_tokens=LONG, **fields)
+    lines = [line.decode().removeprefix("data: ") for line in response.iter_lines() if line]
+    assert lines[-1] == "[DONE]", lines[-1]
+    return json.loads(lines[-2])["choices"][0]["finish_reason"]
+
+
+def _engines(endpoint: Endpoint) -> list[str]:
+    """Names of the engine's replicas that run."""
+    deployments = json.loads(endpoint.types("status", "--json").stdout)["serving"]["deployments"]
+    (engine,) = (each for each in deployments if each["name"].startswith("engine-"))
+    return [replica["id"] for replica in engine["replicas"] if replica["state"] == "RUNNING"]
+
+
+def test_none_while_nobody_asks_and_the_first_to_ask_wait_for_the_start(endpoint: Endpoint):
+    changed = endpoint.types("up", "--dtype", "float32", "--replicas", "0:2", "--idle", "3", "--json")
+    assert changed.returncode == 0, changed.stdout + changed.stderr
+    until(lambda: not _engines(endpoint), 60)
+    assert "none while nobody asks" in endpoint.types("status").stdout
+    with ThreadPoolExecutor(4) as people:
+        answers = [people.submit(endpoint.ask, tenant, stream=stream) for tenant in TENANTS for stream in (False, True)]
+        assert [answer.result().status_code for answer in answers] == [200] * 4
+    assert len(_engines(endpoint)) == 1
+    until(lambda: not _engines(endpoint), 60)  # and again
+
+
+def test_status(endpoint: Endpoint):
+    endpoint.ask("acme")
     status = json.loads(endpoint.types("status", "--json").stdout)
     assert status["serving"]["status"] == "RUNNING"
     assert status["cpus"] == os.cpu_count()
-    assert "engine-" in endpoint.types("status").stdout
-    down = endpoint.types("down")
-    assert down.returncode == 0, down.stdout + down.stderr
+    (engine,) = (each for each in status["serving"]["deployments"] if each["name"].startswith("engine-"))
+    assert engine["model"] == endpoint.base_name
+    until(lambda: "1 adapters" in endpoint.types("status").stdout)
+
+
+def test_down_answers_what_it_had_begun_refuses_the_rest_and_loses_no_usage(endpoint: Endpoint):
+    from orchestrator.tenants.usage import report
+
+    def used() -> int:
+        return sum(row["requests"] for row in report(endpoint.db, tenant="acme"))
+
+    seeds, (counted,) = long_answers(endpoint, 8), {used()}
+    until(lambda: used() == counted, 5)
+    time.sleep(3)  # what was asked before is stored
+    counted = used()
+    with ThreadPoolExecutor(8) as people:
+        running = [people.submit(long_answer, endpoint, seed) for seed in seeds * 4]
+        down = people.submit(endpoint.types, "down")
+        refused, answered = [], 0
+        while not down.done():
+            try:
+                response = endpoint.ask("acme", max_tokens=1)
+            except requests.ConnectionError:
+                break
+            if response.status_code == 200:
+                answered += 1
+            else:
+                refused.append(response)
+        assert down.result().returncode == 0, down.result().stdout + down.result().stderr
+        ended = [answer.result() for answer in running if not answer.exception()]
+    assert refused
+    assert {(r.status_code, r.headers["retry-after"], r.json()["error"]["code"]) for r in refused} == {
+        (503, "5", "draining")
+    }
+    assert set(ended) == {"length"}
+    assert used() == counted + answered + len(ended)
     with pytest.raises(requests.ConnectionError):
         requests.get(f"{endpoint.url}/models", timeout=5)

