@@ -361,15 +361,14 @@ _GOING = ("validating_files", "queued", "running")
 
 
 def _training_priorities() -> set[int]:
-    """Of the threads that train, on this machine."""
+    """Of the threads that have done the work of training workers on this machine: half a second of it or more."""
     found = set()
-    for process in psutil.process_iter(["cmdline"]):
-        if "RayTrainWorker" in " ".join(process.info["cmdline"] or ()):
-            for thread in Path(f"/proc/{process.pid}/task").glob("*"):
-                with contextlib.suppress(OSError):
-                    name = (thread / "comm").read_text()
-                    if "TrainingThread" in name:
-                        found.add(os.getpriority(os.PRIO_PROCESS, int(thread.name)))
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if "RayTrainWorker" in process.name() + " ".join(process.cmdline()):
+                busiest = max(process.threads(), key=lambda thread: thread.user_time)
+                if busiest.user_time > 0.5 and busiest.id != process.pid:
+                    found.add(os.getpriority(os.PRIO_PROCESS, busiest.id))
     return found
 
 
