@@ -380,7 +380,7 @@ def test_replicas_come_and_go_under_answers_of_which_none_is_cut(endpoint: Endpo
         changed = endpoint.types("up", "--dtype", "float32", "--replicas", "2", "--json")
         assert changed.returncode == 0, changed.stdout + changed.stderr
         assert {answer.result() for answer in running} == {"length"}
-        until(lambda: len(_engines(endpoint)) == 2, 60)
+        until(lambda: len(_engines(endpoint)) == 2, PATIENCE)
         assert before in _engines(endpoint)
         base = endpoint.base_name
         running = [people.submit(long_answer, endpoint, seed, model=base) for seed in seeds]
@@ -412,13 +412,13 @@ def _engines(endpoint: Endpoint) -> list[str]:
 def test_none_while_nobody_asks_and_the_first_to_ask_wait_for_the_start(endpoint: Endpoint):
     changed = endpoint.types("up", "--dtype", "float32", "--replicas", "0:2", "--idle", "3", "--json")
     assert changed.returncode == 0, changed.stdout + changed.stderr
-    until(lambda: not _engines(endpoint), 60)
+    until(lambda: not _engines(endpoint), PATIENCE)
     assert "none while nobody asks" in endpoint.types("status").stdout
     with ThreadPoolExecutor(4) as people:
         answers = [people.submit(endpoint.ask, tenant, stream=stream) for tenant in TENANTS for stream in (False, True)]
         assert [answer.result().status_code for answer in answers] == [200] * 4
     assert len(_engines(endpoint)) == 1
-    until(lambda: not _engines(endpoint), 60)  # and again
+    until(lambda: not _engines(endpoint), PATIENCE)  # and again
 
 
 def test_status(endpoint: Endpoint):
