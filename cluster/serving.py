@@ -41,7 +41,7 @@ class Replica(BaseModel):
     state: str
     """Serve's: RUNNING, STARTING, STOPPING, …"""
     load: Load | None = None
-    """None of a gateway, and where no gateway could be asked."""
+    """None of a gateway, of an engine that was asked nothing yet, and where no gateway could be asked."""
 
 
 class Deployment(BaseModel):

@@ -35,7 +35,7 @@ from orchestrator.store import Store
 from orchestrator.tenants.keys import authenticate
 from orchestrator.tenants.usage import UsageWriter
 from serving import autoscaler
-from serving.adapter_router import REPLICAS, RESIDENCY_SECONDS, AdapterRouter
+from serving.adapter_router import RESIDENCY_SECONDS, AdapterRouter
 from serving.background import Repeated
 from serving.engine.protocol import GenerateRequest
 from serving.gateway.app import create_app
@@ -45,6 +45,7 @@ from serving.handles import HandleEngine
 from serving.known_adapters import KnownAdapters
 from serving.plan import Plan, ServedModel
 from serving.replica import EngineOptions, EngineReplica
+from serving.residency import REPLICAS
 from serving.scaling import actor_options, engine_scaling, gateway_scaling
 from serving.wire import Item
 

@@ -137,7 +137,7 @@ def trained_bases(db: Database) -> list[str]:
 
     with db.read() as session:
         rows = session.execute(select(AdapterRow.base_digest, AdapterRow.provenance).order_by(AdapterRow.created_at))
-        found = {digest: (provenance.get("base_model") or {}).get("reference") for digest, provenance in rows if digest}
+        found = {digest: provenance.get("base_model") for digest, provenance in rows if digest}
     return [reference for reference in found.values() if reference]
 
 

@@ -142,7 +142,7 @@ def endpoint(tiny_model: Callable[[str], Path]) -> Iterator[Endpoint]:
         digest = publish(store, files, base.path, base.digest, seed=number + 1)
         digests[tenant], directories[digest] = digest, files
         with db.write() as session:
-            provenance = {"base_model": {"reference": str(directory), "digest": base.digest}}
+            provenance = {"base_model": str(directory), "base_digest": base.digest}
             session.add(
                 AdapterRow(
                     tenant=tenant,
@@ -253,6 +253,7 @@ def test_clients_that_go_away_have_their_answers_aborted(endpoint: Endpoint):
     had one gone on, it would be among them."""
     seeds = long_answers(endpoint, 8)
     counted = _gauge(endpoint.metrics(), "adaptory_engine_completion_tokens")
+    assert counted > 0.0
     left = _gauge(endpoint.metrics(), "adaptory_requests_total", 'status="499"')
     asked = [endpoint.ask("acme", stream=True, temperature=1.0, seed=seed, max_tokens=LONG) for seed in seeds]
     for response in asked:

@@ -109,7 +109,7 @@ def test_what_was_trained_is_what_is_served(remote: FakeRay) -> None:
     for number, reference in enumerate(references):
         digest = f"sha256:{min(number, 1) * (number < 2)}"
         with db.write() as session:
-            provenance = {"base_model": {"reference": reference}}
+            provenance = {"base_model": reference}  # of `registry.adapters.AdapterSummary`
             given = {"name": "x", "run_id": "r", "rank": 4, "metrics": {}, "provenance": provenance}
             session.add(AdapterRow(tenant="acme", digest=str(number), base_digest=digest, created_at=number, **given))
     run("up", "--json")

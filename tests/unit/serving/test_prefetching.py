@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from serving.adapter_router import REPLICAS
 from serving.app import Prefetching, _awake, _Base
+from serving.residency import REPLICAS
 
 ALWAYS, SLEEPING = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 BASES = [_Base("always", "x", ALWAYS, 512, sleeps=False), _Base("sleeping", "y", SLEEPING, 512, sleeps=True)]
