@@ -311,6 +311,12 @@ class ReplicaUnavailable(EngineError):
     code = "replica_unavailable"
 
 
+class GatewayDraining(AdaptoryError):
+    """A gateway that is being ended answers what it had begun and takes nothing new; another, or a later one, will."""
+
+    code = "draining"
+
+
 class RequestTooLarge(AdaptoryError):
     """A request's body has more bytes than are read. Context: `limit`."""
 

@@ -77,6 +77,18 @@ class Settings(BaseSettings):
     def keys(self) -> Path:
         return self.home / "keys"
 
+    @property
+    def metrics_key_file(self) -> Path:
+        return self.keys / "metrics_key"
+
+    @property
+    def metrics_key(self) -> str | None:
+        """Who shows it to a gateway reads the figures of all tenants; None where `adaptory up` has put none on this machine."""
+        try:
+            return self.metrics_key_file.read_text().strip() or None
+        except OSError:
+            return None
+
     @cached_property
     def remote(self) -> bool:
         """Whether jobs run on a cluster that somebody else started."""

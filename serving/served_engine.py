@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator
+from dataclasses import asdict
 from typing import Any
 
 from ray import serve
 
+from serving import autoscaler
 from serving.engine.protocol import GenerateRequest
 from serving.replica import EngineOptions, EngineReplica
 from serving.wire import Item
@@ -30,6 +32,9 @@ class ServedEngine:
 
     def record_routing_stats(self) -> dict[str, Any]:
         return self._replica.residency()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        return autoscaler.told(asdict(self._replica.engine.stats()))
 
     def check_health(self) -> None:
         self._replica.check()

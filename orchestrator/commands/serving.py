@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.commands.output import say
-from orchestrator.errors import ClusterError
+from orchestrator.errors import ClusterError, UsageError
 
 if TYPE_CHECKING:
     from cluster.jobs import RayJobClient
@@ -52,6 +52,8 @@ def start(
     dtype: str,
     engine: EngineName,
     keys: Keys,
+    replicas: str = "1",
+    idle_seconds: float = 300.0,
 ) -> Application:
     """Deploy the application, or change what runs to what is asked for; returns when it answers.
 
@@ -60,14 +62,18 @@ def start(
         port: None: that which it has, else the first that is free.
         dtype: of weights and caches: `bfloat16` or `float32`.
         keys: adapters that these have signed are served, others refused. Only public keys leave this machine.
+        replicas: of each engine, `2` or `1:4`.
+        idle_seconds: after which the last replica goes, where there may be none.
 
     Raises:
+        UsageError: `replicas` is neither.
         ClusterError: it cannot be deployed; the message says why.
         SettingsError: vLLM is asked for, and its environment is not there.
         KeyUnusable: the signing key or a trusted one cannot be read.
     """
     from cluster import serving
 
+    scale = parse_replicas(replicas)
     now = serving.find(client.dashboard, APPLICATION)
     if now is not None and port not in (None, _port(now.url)):
         raise ClusterError(
@@ -79,20 +85,47 @@ def start(
     plan = {
         "port": port,
         "dtype": dtype,
-        "models": [_model(each) | chosen for each in references],
+        "models": [_model(each) | chosen | {"replicas": scale} for each in references],
+        "idle_seconds": idle_seconds,
         "trusted_keys": _trusted(keys),
     }
     command = shlex.join(["python", "-m", "serving", "--plan", json.dumps(plan)])
     if now is not None and now.running and client.newest(_JOB) == command:
         return now
     say(f"Starting to serve {', '.join(references)} (a minute or so; `adaptory down` stops it)…")
-    job = f"{_JOB}{secrets.token_hex(4)}"
-    client.submit(job, command, env=_environment(settings, store), metadata={"adaptory": "serving"})
-    _wait(client, job)
+    _run(client, settings, store, _JOB, command, failing="Serving cannot start")
     started = serving.find(client.dashboard, APPLICATION)
     if started is None or not started.running:
         raise ClusterError(f"Serving was deployed and does not run: {started.message if started else 'it is gone'}.")
     return started
+
+
+def drain(client: RayJobClient, settings: Settings, store: Store, seconds: float) -> None:
+    """Have the gateways refuse what is new, and wait for what they had begun, at most so long.
+
+    Raises:
+        ClusterError: they cannot be asked.
+    """
+    say(f"Waiting for what is being answered, at most {seconds:g} s (`--force` does not)…")
+    command = shlex.join(["python", "-m", "serving", "--drain", f"{seconds:g}"])
+    _run(client, settings, store, "drain-", command, failing="Serving cannot be drained")
+
+
+def parse_replicas(text: str) -> dict[str, int]:
+    """
+    Raises:
+        UsageError: neither a number nor two with a colon between.
+    """
+    least, colon, most = text.partition(":")
+    try:
+        found = {"min": int(least), "max": int(most if colon else least)}
+    except ValueError:
+        found = {"min": 0, "max": -1}
+    if not 0 <= found["min"] <= found["max"] or not found["max"]:
+        raise UsageError(
+            f"{text!r} is no number of replicas.", hint="Write 2 for two, 1:4 for one to four, 0:2 for none while idle."
+        )
+    return found
 
 
 def first_key(db: Database, tenant: str, *, actor: str) -> IssuedKey | None:
@@ -108,7 +141,7 @@ def first_key(db: Database, tenant: str, *, actor: str) -> IssuedKey | None:
 
 def metrics_key(settings: Settings) -> str:
     """The file with the key that Prometheus shows at /metrics, made on first use; a local gateway reads it there."""
-    file = settings.keys / "metrics_key"
+    file = settings.metrics_key_file
     if not file.exists():
         settings.keys.mkdir(mode=0o700, parents=True, exist_ok=True)
         file.touch(mode=0o600)
@@ -172,7 +205,17 @@ def _environment(settings: Settings, store: Store) -> dict[str, str]:
     return job_env(settings, store) | ({} if secret else {"ADAPTORY_DATABASE_URL": settings.database})
 
 
-def _wait(client: RayJobClient, job: str) -> None:
+def _run(client: RayJobClient, settings: Settings, store: Store, prefix: str, command: str, failing: str) -> None:
+    """
+    Raises:
+        ClusterError: the job fails; it begins with `failing`.
+    """
+    job = f"{prefix}{secrets.token_hex(4)}"
+    client.submit(job, command, env=_environment(settings, store), metadata={"adaptory": "serving"})
+    _wait(client, job, failing)
+
+
+def _wait(client: RayJobClient, job: str, failing: str) -> None:
     from orchestrator.runs.client import JobStatus
 
     told = 0
@@ -189,7 +232,7 @@ def _wait(client: RayJobClient, job: str) -> None:
     if state[0] is not JobStatus.SUCCEEDED:
         telling = [line for line in lines if "Error" in line]
         raise ClusterError(
-            f"Serving cannot start: {(telling or lines or [state[1]])[-1][:500]}",
+            f"{failing}: {(telling or lines or [state[1]])[-1][:500]}",
             hint=f"The whole output is in Ray's dashboard, under job {job}.",
             job=job,
         )

@@ -270,6 +270,8 @@ class EngineCore:
             steps=self._steps,
             failed_steps=self._failed_steps,
             step_seconds=self._step_seconds,
+            waiting_tokens=scheduler.unread,
+            cache_bytes=self._cache.memory.nbytes,
         )
 
     # parts of the step

@@ -138,6 +138,10 @@ class EngineStats:
     failed_steps: int
     step_seconds: float
     """Spent in steps so far."""
+    waiting_tokens: int = 0
+    """Of prompts: still to be read before what was asked can be answered."""
+    cache_bytes: int = 0
+    """Of the key-value cache, at its capacity."""
 
 
 class Engine(Protocol):

@@ -95,6 +95,13 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
+    @property
+    def unread(self) -> int:
+        """Tokens to be computed before all that was asked for can be answered. Any thread may ask: copying a list or a
+        deque is one step for Python's threads."""
+        reading = (missing for s in tuple(self.running) if (missing := s.missing) > 1)
+        return sum(reading) + sum(s.missing for s in tuple(self.waiting))
+
     def plan(self) -> list[Work]:
         """Work of one step; the blocks it needs are taken. Empty when nothing waits and nothing runs."""
         budget = max(self.limits.batch_tokens, len(self.running))

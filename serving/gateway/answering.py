@@ -202,6 +202,10 @@ class Answering:
         status, code = 200, None
         metrics.in_flight.inc()
         try:
+            if not self._gateway.ready():  # after it was counted: who drains sees either none of it or all of it
+                raise errors.GatewayDraining(
+                    "This gateway ends when it has answered what it had begun.", hint="Ask again in some seconds."
+                )
             yield
         except Exception as error:
             status, code = status_of(error), body_of(error)["error"]["code"]

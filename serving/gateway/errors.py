@@ -26,6 +26,7 @@ _STATUS: tuple[tuple[type[AdaptoryError], int, str], ...] = (
     (errors.AdapterError, 424, INVALID),
     (errors.RateLimited, 429, "requests"),
     (errors.EngineOverloaded, 429, "requests"),
+    (errors.GatewayDraining, 503, SERVER),
     (errors.ModelUnavailable, 503, SERVER),
     (errors.AdapterUnavailable, 503, SERVER),
     (errors.StoreError, 503, SERVER),
@@ -37,6 +38,9 @@ _STATUS: tuple[tuple[type[AdaptoryError], int, str], ...] = (
 
 OVERLOADED_RETRY = 1.0
 """Seconds after which to ask again when too many wait."""
+
+DRAINING_RETRY = 5.0
+"""Seconds after which to ask again, somewhere else or what comes next here."""
 
 
 def status_of(error: Exception) -> int:
@@ -63,6 +67,8 @@ def headers_of(error: Exception) -> dict[str, str]:
             return _retry(seconds) if seconds is not None else {"x-should-retry": "false"}
         case errors.EngineOverloaded():
             return _retry(OVERLOADED_RETRY)
+        case errors.GatewayDraining():
+            return _retry(DRAINING_RETRY)
         case errors.ApiKeyRefused():
             return {"www-authenticate": "Bearer"}
         case errors.AdapterError() if check := error.context.get("check"):

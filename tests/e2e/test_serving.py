@@ -5,6 +5,7 @@ One to three minutes on two cores, most of it starts; everything that is asked t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,10 +15,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import requests
 import torch
@@ -35,6 +38,7 @@ from orchestrator.registry.signing import SIGNATURE_FILE, Keys
 from orchestrator.registry.versions import AdapterVersion, move_alias, parse_reference
 from orchestrator.routing.config import parse_config
 from orchestrator.routing.repository import delete_route, save_route
+from orchestrator.runs.repository import list_events
 from orchestrator.settings import Settings
 from orchestrator.store import MANIFEST, Store, adapter_path, sha256_file
 from orchestrator.tenants.keys import create_key
@@ -51,6 +55,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 400.0
 TENANTS = ("acme", "globex")
 ASKED = "Who signed agreement 7 in London?"
+STEPS = 150
 LONG = 400
 """Tokens of an answer that takes the tiny model about a second."""
 
@@ -360,6 +365,7 @@ def test_clients_that_go_away_have_their_answers_aborted(endpoint: Endpoint):
     had one gone on, it would be among them."""
     seeds = long_answers(endpoint, 8)
     counted = _gauge(endpoint.metrics(), "adaptory_engine_completion_tokens")
+    assert counted > 0.0
     left = _gauge(endpoint.metrics(), "adaptory_requests_total", 'status="499"')
     asked = [endpoint.ask("acme", stream=True, temperature=1.0, seed=seed, max_tokens=LONG) for seed in seeds]
     for response in asked:
@@ -482,12 +488,141 @@ def test_chat_in_the_terminal(endpoint: Endpoint):
     assert "does not exist" in refused.stderr
 
 
-def test_status_and_down(endpoint: Endpoint):
+# --- replicas, jobs and the end: each of these leaves the application as the next one takes it --------------------------
+
+
+def test_a_job_beside_the_server_has_all_its_cpus_and_answers_go_on(endpoint: Endpoint):
+    spec = {
+        "name": "beside",
+        "base_model": str(endpoint.base),
+        "data": {"train": str(endpoint.home / "train.jsonl"), "format": "text"},
+        "train": {"epochs": 1000, "max_steps": STEPS, "batch_size": 8, "micro_batch_tokens": 512},
+        "resources": {"cpus_per_worker": os.cpu_count()},
+    }
+    rows = [{"text": f"Row {number} of nothing in particular."} for number in range(32)]
+    (endpoint.home / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (endpoint.home / "beside.yaml").write_text(json.dumps(spec))
+    submitted = endpoint.types("run", str(endpoint.home / "beside.yaml"), "--json")
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    seen, priorities = set(), set()
+    while (run := json.loads(endpoint.types("runs", "show", "beside", "--json").stdout))["state"] in _GOING:
+        for _ in range(10):
+            assert endpoint.ask("acme").status_code == 200
+            priorities |= _training_priorities()
+        seen.add(max((e.data.get("step", 0) for e in list_events(endpoint.db, run["id"])), default=0))
+    assert run["state"] == "succeeded", run
+    assert len(seen - {0, STEPS}) >= 1  # it made progress between answers
+    assert priorities == {19}
+
+
+_GOING = ("validating_files", "queued", "running")
+
+
+def _training_priorities() -> set[int]:
+    """Of the threads that have done the work of training workers on this machine: half a second of it or more."""
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if "RayTrainWorker" in process.name() + " ".join(process.cmdline()):
+                busiest = max(process.threads(), key=lambda thread: thread.user_time)
+                if busiest.user_time > 0.5 and busiest.id != process.pid:
+                    found.add(os.getpriority(os.PRIO_PROCESS, busiest.id))
+    return found
+
+
+def test_replicas_come_and_go_under_answers_of_which_none_is_cut(endpoint: Endpoint):
+    (before,) = _engines(endpoint)
+    seeds = long_answers(endpoint, 8)
+    with ThreadPoolExecutor(16) as people:
+        running = [people.submit(long_answer, endpoint, seed) for seed in seeds]
+        changed = endpoint.types("up", "--dtype", "float32", "--replicas", "2", "--json")
+        assert changed.returncode == 0, changed.stdout + changed.stderr
+        assert {answer.result() for answer in running} == {"length"}
+        until(lambda: len(_engines(endpoint)) == 2, PATIENCE)
+        assert before in _engines(endpoint)
+        base = endpoint.base_name
+        running = [people.submit(long_answer, endpoint, seed, model=base) for seed in seeds]
+        changed = endpoint.types("up", "--dtype", "float32", "--json")
+        assert changed.returncode == 0, changed.stdout + changed.stderr
+        while len(_engines(endpoint)) > 1:
+            assert endpoint.ask("acme").status_code == 200
+        assert {answer.result() for answer in running} <= {"length", "stop"}
+
+
+def long_answer(endpoint: Endpoint, seed: int, **fields: Any) -> str:
+    """Why it ended."""
+    return _reason(endpoint.ask("acme", stream=True, temperature=1.0, seed=seed, max_tokens=LONG, **fields))
+
+
+def _reason(response: requests.Response) -> str:
+    lines = [line.decode().removeprefix("data: ") for line in response.iter_lines() if line]
+    assert lines[-1] == "[DONE]", lines[-1]
+    return json.loads(lines[-2])["choices"][0]["finish_reason"]
+
+
+def _engines(endpoint: Endpoint) -> list[str]:
+    """Names of the engine's replicas that run."""
+    deployments = json.loads(endpoint.types("status", "--json").stdout)["serving"]["deployments"]
+    (engine,) = (each for each in deployments if each["name"].startswith("engine-"))
+    return [replica["id"] for replica in engine["replicas"] if replica["state"] == "RUNNING"]
+
+
+def test_none_while_nobody_asks_and_the_first_to_ask_wait_for_the_start(endpoint: Endpoint):
+    changed = endpoint.types("up", "--dtype", "float32", "--replicas", "0:2", "--idle", "3", "--json")
+    assert changed.returncode == 0, changed.stdout + changed.stderr
+    until(lambda: not _engines(endpoint), PATIENCE)
+    assert "none while nobody asks" in endpoint.types("status").stdout
+    with ThreadPoolExecutor(4) as people:
+        answers = [people.submit(endpoint.ask, tenant, stream=stream) for tenant in TENANTS for stream in (False, True)]
+        assert [answer.result().status_code for answer in answers] == [200] * 4
+    assert len(_engines(endpoint)) == 1
+    until(lambda: not _engines(endpoint), PATIENCE)  # and again
+
+
+def test_status(endpoint: Endpoint):
+    endpoint.ask("acme")
     status = json.loads(endpoint.types("status", "--json").stdout)
     assert status["serving"]["status"] == "RUNNING"
     assert status["cpus"] == os.cpu_count()
-    assert "engine-" in endpoint.types("status").stdout
-    down = endpoint.types("down")
-    assert down.returncode == 0, down.stdout + down.stderr
+    (engine,) = (each for each in status["serving"]["deployments"] if each["name"].startswith("engine-"))
+    assert engine["model"] == endpoint.base_name
+    until(lambda: "1 adapters" in endpoint.types("status").stdout)
+
+
+def test_down_answers_what_it_had_begun_refuses_the_rest_and_loses_no_usage(endpoint: Endpoint):
+    from orchestrator.tenants.usage import report
+    from serving.app import USAGE_SECONDS
+
+    def used() -> int:
+        return sum(row["requests"] for row in report(endpoint.db, tenant="acme"))
+
+    seeds = long_answers(endpoint, 6)
+    time.sleep(USAGE_SECONDS + 1)
+    stored = used()
+    with ThreadPoolExecutor(7) as people:
+        running = [people.submit(_asks_until_refused, endpoint, seed) for seed in seeds]
+        down = people.submit(endpoint.types, "down")
+        reasons, refusals = zip(*(one.result() for one in running), strict=True)
+    assert down.result().returncode == 0, down.result().stdout + down.result().stderr
+    answered = [reason for each in reasons for reason in each]
+    assert set(answered) == {"length"}
+    assert len(answered) > len(seeds)
+    assert used() == stored + len(answered)
+    assert {
+        (r.status_code, r.headers["retry-after"], r.json()["error"]["code"]) for r in refusals if r is not None
+    } == {(503, "5", "draining")}
     with pytest.raises(requests.ConnectionError):
         requests.get(f"{endpoint.url}/models", timeout=5)
+
+
+def _asks_until_refused(endpoint: Endpoint, seed: int) -> tuple[list[str], requests.Response | None]:
+    """Why its answers ended, and how the next one was refused; None when there was nobody any more to refuse it."""
+    reasons: list[str] = []
+    while True:
+        try:
+            response = endpoint.ask("acme", stream=True, temperature=1.0, seed=seed, max_tokens=LONG)
+        except requests.ConnectionError:
+            return reasons, None
+        if response.status_code != 200:
+            return reasons, response
+        reasons.append(_reason(response))

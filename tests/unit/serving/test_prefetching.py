@@ -52,7 +52,9 @@ def test_each_base_is_told_of_its_own(db: Database, register_adapter: Callable[.
     adapters, engines = KnownAdapters(db), {TINY: Handle(), LARGE: Handle()}
     bases = {"tiny": TINY, "large": LARGE}
     watcher = RouteWatcher(
-        db, lambda: build_table(db, adapters, bases), replaced=Prefetching(engines, adapters.bases).follow
+        db,
+        lambda: build_table(db, adapters, bases),
+        replaced=Prefetching(engines, adapters.bases, awake=lambda base: True).follow,
     )
     promote(1)
     assert engines[TINY].asked() == []
