@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
 
@@ -79,6 +79,8 @@ class Plan(BaseModel):
     max_sequences: int = 32
     threads: int | None = None
     """Of each engine; None: all cores."""
+    gateways: int = Field(default=1, ge=1)
+    """Gateway processes; several need PostgreSQL, which they share limits by."""
 
 
 @dataclass(frozen=True)
@@ -217,12 +219,14 @@ def application(plan: Plan, settings: Settings) -> Any:
 
     Raises:
         ModelError, PackageError: a base model cannot be had.
+        SettingsError: several gateways over SQLite.
     """
+    settings.check_gateways(plan.gateways)
     bases = [_known(model, plan, settings) for model in plan.models]
     engines = {base.digest: _engine(base, plan, settings) for base in bases}
     gateway = serve.deployment(
         name="gateway",
-        num_replicas=1,
+        num_replicas=plan.gateways,
         max_ongoing_requests=4096,
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
         ray_actor_options=_actor(plan),
@@ -258,7 +262,7 @@ def _engine(base: _Base, plan: Plan, settings: Settings) -> Any:
     engine = serve.deployment(
         name=f"engine-{base.digest.removeprefix('sha256:')[:12]}",
         num_replicas=base.model.replicas,
-        max_ongoing_requests=4 * plan.max_sequences,
+        max_ongoing_requests=options.max_requests,
         max_queued_requests=8 * plan.max_sequences,
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
         health_check_period_s=5.0,

@@ -27,9 +27,15 @@ from serving.engine.local import LocalEngine
 from serving.engine.network import ServedNetwork
 from serving.engine.protocol import GenerateRequest
 from serving.engine.scheduler import Limits
+from serving.places import Places
 from serving.wire import Begun, Item, joined
 
 log = logging.getLogger(__name__)
+
+
+PLACES_A_WAITER = 8
+"""An eighth as many requests as there are places wait for one: enough to keep the batch full, and what is let in takes little
+longer than in a full batch. The others are told to come again, rather than promised what would take ever longer."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,12 @@ class EngineOptions:
     threads: int | None = None
     """Of torch; None: its own choice, all cores."""
 
+    @property
+    def max_requests(self) -> int:
+        """On a replica at the same time, those that wait for an adapter included. Who holds them is decided here, tenant by
+        tenant: what waits before it reaches a replica waits in order of arrival, behind any flood."""
+        return 16 * self.max_sequences
+
 
 class EngineReplica:
     """
@@ -80,6 +92,7 @@ class EngineReplica:
         self.loader = LoaderProcess(settings, pinned=self.core.network.device.type == "cuda")
         limits = CacheLimits(slots=options.max_adapters, memory=options.memory_bytes)
         self.cache = AdapterCache(self.loader, self.engine, limits)
+        self._places = Places(options.max_requests)
 
     async def start(self) -> None:
         """Have the loader's process ready before the first adapter is asked for."""
@@ -92,14 +105,15 @@ class EngineReplica:
             stream: otherwise the first item is all.
         """
         try:
-            async with self._leased(request.adapter), contextlib.aclosing(self.engine.generate(request)) as events:
-                if not stream:
-                    yield Begun(self.name, await joined(events))
-                    return
-                begun = False
-                async for event in events:
-                    yield event if begun else Begun(self.name, event)
-                    begun = True
+            with self._places.held(request.tenant):
+                async with self._leased(request.adapter), contextlib.aclosing(self.engine.generate(request)) as events:
+                    if not stream:
+                        yield Begun(self.name, await joined(events))
+                        return
+                    begun = False
+                    async for event in events:
+                        yield event if begun else Begun(self.name, event)
+                        begun = True
         except AdaptoryError as error:
             yield error
 
@@ -173,5 +187,5 @@ def engine_limits(options: EngineOptions, network: ServedNetwork) -> Limits:
         max_sequences=options.max_sequences,
         max_length=options.max_length,
         max_adapters=options.max_adapters,
-        max_waiting=8 * options.max_sequences,
+        max_waiting=max(1, options.max_sequences // PLACES_A_WAITER),
     )

@@ -37,12 +37,16 @@ def up(
     dtype: Annotated[
         str, typer.Option(help="Of the weights: bfloat16, or float32 where a CPU is slow at the other.")
     ] = "bfloat16",
+    gateways: Annotated[
+        int, typer.Option(min=1, help="Processes that answer HTTP requests; several need PostgreSQL.")
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Start the local Ray, or check that the cluster of ADAPTORY_RAY_ADDRESS answers, and serve; print where, and the first key."""
     import cluster
 
     backend = Backend()
+    backend.settings.check_gateways(gateways)  # before anything is started
     client = cluster.connect(backend.settings, say=say)
     if not serve:
         _print(_facts(client, backend.settings), as_json)
@@ -50,7 +54,14 @@ def up(
     if not backend.settings.remote:
         serving.metrics_key(backend.settings)
     application = serving.start(
-        client, backend.settings, backend.db, backend.store, bases=base or (), port=port, dtype=dtype
+        client,
+        backend.settings,
+        backend.db,
+        backend.store,
+        bases=base or (),
+        port=port,
+        dtype=dtype,
+        gateways=gateways,
     )
     key = serving.first_key(backend.db, backend.settings.tenant, actor=backend.actor)
     _print(_facts(client, backend.settings, application), as_json, key.secret if key else None)

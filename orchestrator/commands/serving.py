@@ -41,6 +41,7 @@ def start(
     bases: Sequence[str],
     port: int | None,
     dtype: str,
+    gateways: int = 1,
 ) -> Application:
     """Deploy the application, or change what runs to what is asked for; returns when it answers.
 
@@ -48,12 +49,15 @@ def start(
         bases: references of base models; none: those that adapters were trained on.
         port: None: that which it has, else the first that is free.
         dtype: of weights and caches: `bfloat16` or `float32`.
+        gateways: processes that answer HTTP requests.
 
     Raises:
         ClusterError: it cannot be deployed; the message says why.
+        SettingsError: several gateways over SQLite.
     """
     from cluster import serving
 
+    settings.check_gateways(gateways)
     now = serving.find(client.dashboard, APPLICATION)
     if now is not None and port not in (None, _port(now.url)):
         raise ClusterError(
@@ -61,7 +65,7 @@ def start(
         )
     references = list(bases) or trained_bases(db) or [DEFAULT_BASE]
     port = port or (_port(now.url) if now else FIRST_PORT if settings.remote else _free_port())
-    plan = {"port": port, "dtype": dtype, "models": [_model(each) for each in references]}
+    plan = {"port": port, "dtype": dtype, "gateways": gateways, "models": [_model(each) for each in references]}
     command = shlex.join(["python", "-m", "serving", "--plan", json.dumps(plan)])
     if now is not None and now.running and client.newest(_JOB) == command:
         return now

@@ -16,7 +16,7 @@ from cluster.doctor import Check, Level, examine
 from orchestrator.commands import cluster as commands
 from orchestrator.db import open_database
 from orchestrator.db.models import AdapterRow
-from orchestrator.errors import ClusterError
+from orchestrator.errors import ClusterError, SettingsError
 from orchestrator.settings import Settings
 from orchestrator.store import Store
 from orchestrator.tenants.keys import authenticate
@@ -79,6 +79,7 @@ def test_up_serves_and_shows_the_first_key_once(remote: FakeRay, home: Path, mon
     assert _plan(remote) == {
         "port": 9123,
         "dtype": "bfloat16",
+        "gateways": 1,
         "models": [{"name": "qwen3-0.6b", "reference": "qwen3-0.6b"}],
     }
     assert first["serving"]["url"] == "http://127.0.0.1:9123/v1"
@@ -96,6 +97,14 @@ def test_up_serves_and_shows_the_first_key_once(remote: FakeRay, home: Path, mon
     assert "http://127.0.0.1:9123/v1" in status
     assert "engine-0: 1 running" in status
     assert first["api_key"] not in (home / "state.db").read_bytes().decode("latin-1")
+
+
+def test_several_gateways_need_postgresql(remote: FakeRay) -> None:
+    with pytest.raises(SettingsError, match="2 gateways cannot share SQLite"):
+        run("up", "--base", "qwen3-0.6b", "--gateways", "2")
+    assert not remote.jobs
+    Settings(database_url="postgresql://me@db/adaptory").check_gateways(2)
+    Settings().check_gateways(1)
 
 
 def test_what_was_trained_is_what_is_served(remote: FakeRay) -> None:
