@@ -89,6 +89,17 @@ class Settings(BaseSettings):
         except OSError:
             return None
 
+    def check_gateways(self, count: int) -> None:
+        """
+        Raises:
+            SettingsError: so many gateway processes cannot share this database.
+        """
+        if count > 1 and self.database.startswith("sqlite"):
+            raise SettingsError(
+                f"{count} gateways cannot share SQLite: each would count its tenants' requests for itself.",
+                hint="Point ADAPTORY_DATABASE_URL to a PostgreSQL, or serve with one gateway.",
+            )
+
     @cached_property
     def remote(self) -> bool:
         """Whether jobs run on a cluster that somebody else started."""

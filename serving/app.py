@@ -186,7 +186,9 @@ def application(plan: Plan, settings: Settings) -> Any:
 
     Raises:
         ModelError, PackageError: a base model cannot be had.
+        SettingsError: several gateways over SQLite.
     """
+    settings.check_gateways(plan.gateways)
     bases = [_known(model, plan, settings) for model in plan.models]
     engines = {
         base.digest: _engine(base, model, plan, settings) for base, model in zip(bases, plan.models, strict=True)
@@ -195,7 +197,7 @@ def application(plan: Plan, settings: Settings) -> Any:
         name=_GATEWAY,
         max_ongoing_requests=4096,
         ray_actor_options=actor_options(plan, 0, _inherited()),
-        **gateway_scaling(),
+        **gateway_scaling(plan.gateways),
     )
     return gateway(GatewayReplica).bind(bases, engines)
 
@@ -231,7 +233,7 @@ def _engine(base: _Base, model: ServedModel, plan: Plan, settings: Settings) -> 
     gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
     engine = serve.deployment(
         name=base.deployment,
-        max_ongoing_requests=4 * plan.max_sequences,
+        max_ongoing_requests=options.max_requests,
         max_queued_requests=8 * plan.max_sequences,
         health_check_period_s=5.0,
         request_router_config=router,

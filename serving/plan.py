@@ -48,6 +48,8 @@ class Plan(BaseModel):
     max_sequences: int = 32
     threads: int | None = None
     """Of each engine; None: all cores."""
+    gateways: int = Field(default=1, ge=1)
+    """Gateway processes; several need PostgreSQL, which they share limits by."""
     idle_seconds: float = Field(default=300.0, ge=0)
     """After which the last replica goes, where there may be none."""
     trusted_keys: tuple[str, ...] = ()

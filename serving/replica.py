@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,9 @@ from serving.adapters.cache import AdapterCache, CacheLimits
 from serving.adapters.loader import LoaderSettings
 from serving.adapters.process import LoaderProcess
 from serving.engine.choice import EngineChoice, OwnEngine, VllmChoice
-from serving.engine.prepared import Place, Places
+from serving.engine.prepared import Place
 from serving.engine.protocol import Engine, GenerateRequest
+from serving.places import Places
 from serving.wire import Begun, Item, joined
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
     from serving.engine.scheduler import Limits
 
 log = logging.getLogger(__name__)
+
+
+PLACES_A_WAITER = 8
+"""An eighth as many requests as there are places wait for one: enough to keep the batch full, and what is let in takes little
+longer than in a full batch. The others are told to come again, rather than promised what would take ever longer."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,12 @@ class EngineOptions:
     """Of torch; None: its own choice, all cores."""
     engine: EngineChoice = field(default_factory=OwnEngine)
 
+    @property
+    def max_requests(self) -> int:
+        """On a replica at the same time, those that wait for an adapter included. Who holds them is decided here, tenant by
+        tenant: what waits before it reaches a replica waits in order of arrival, behind any flood."""
+        return 16 * self.max_sequences
+
 
 class EngineReplica:
     """
@@ -82,6 +94,7 @@ class EngineReplica:
         self.loader = LoaderProcess(settings, pinned=built.pinned)
         limits = CacheLimits(slots=options.max_adapters, memory=options.memory_bytes)
         self.cache = AdapterCache(self.loader, self.engine, limits)
+        self._places = Places(options.max_requests)
 
     async def start(self) -> None:
         """Have the loader's process ready before the first adapter is asked for."""
@@ -94,14 +107,15 @@ class EngineReplica:
             stream: otherwise the first item is all.
         """
         try:
-            async with self._leased(request.adapter), contextlib.aclosing(self.engine.generate(request)) as events:
-                if not stream:
-                    yield Begun(self.name, await joined(events))
-                    return
-                begun = False
-                async for event in events:
-                    yield event if begun else Begun(self.name, event)
-                    begun = True
+            with self._places.held(request.tenant):
+                async with self._leased(request.adapter), contextlib.aclosing(self.engine.generate(request)) as events:
+                    if not stream:
+                        yield Begun(self.name, await joined(events))
+                        return
+                    begun = False
+                    async for event in events:
+                        yield event if begun else Begun(self.name, event)
+                        begun = True
         except AdaptoryError as error:
             yield error
 
@@ -148,7 +162,7 @@ class _Built:
     """An engine, and what an adapter must be to go into it."""
 
     engine: Engine
-    places: Places
+    places: Mapping[str, Place]
     dtype: torch.dtype
     max_rank: int
     pinned: bool
@@ -234,5 +248,5 @@ def engine_limits(options: EngineOptions, network: ServedNetwork) -> Limits:
         max_sequences=options.max_sequences,
         max_length=options.max_length,
         max_adapters=options.max_adapters,
-        max_waiting=8 * options.max_sequences,
+        max_waiting=max(1, options.max_sequences // PLACES_A_WAITER),
     )

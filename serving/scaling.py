@@ -46,9 +46,9 @@ def engine_scaling(plan: Plan, replicas: Replicas, gpus: int) -> dict[str, Any]:
     return surge | {"autoscaling_config": _autoscaling(plan, replicas)}
 
 
-def gateway_scaling() -> dict[str, Any]:
+def gateway_scaling(count: int) -> dict[str, Any]:
     """Options of `serve.deployment` for the gateways."""
-    return {"num_replicas": 1, "max_surge_percent": 100, "graceful_shutdown_timeout_s": DRAIN_SECONDS}
+    return {"num_replicas": count, "max_surge_percent": 100, "graceful_shutdown_timeout_s": DRAIN_SECONDS}
 
 
 def actor_options(

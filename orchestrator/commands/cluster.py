@@ -53,12 +53,16 @@ def up(
     idle: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="After which the last engine goes, with --replicas 0:N.")
     ] = 300.0,
+    gateways: Annotated[
+        int, typer.Option(min=1, help="Processes that answer HTTP requests; several need PostgreSQL.")
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Start the local Ray, or check that the cluster of ADAPTORY_RAY_ADDRESS answers, and serve; print where, and the first key."""
     import cluster
 
     backend = Backend()
+    backend.settings.check_gateways(gateways)  # before anything is started
     client = cluster.connect(backend.settings, say=say)
     if not serve:
         _print(_facts(client, backend.settings), as_json)
@@ -77,6 +81,7 @@ def up(
         keys=backend.keys,
         replicas=replicas,
         idle_seconds=idle,
+        gateways=gateways,
     )
     key = serving.first_key(backend.db, backend.settings.tenant, actor=backend.actor)
     _print(_facts(client, backend.settings, application), as_json, key.secret if key else None)

@@ -54,6 +54,7 @@ def start(
     keys: Keys,
     replicas: str = "1",
     idle_seconds: float = 300.0,
+    gateways: int = 1,
 ) -> Application:
     """Deploy the application, or change what runs to what is asked for; returns when it answers.
 
@@ -64,16 +65,18 @@ def start(
         keys: adapters that these have signed are served, others refused. Only public keys leave this machine.
         replicas: of each engine, `2` or `1:4`.
         idle_seconds: after which the last replica goes, where there may be none.
+        gateways: processes that answer HTTP requests.
 
     Raises:
         UsageError: `replicas` is neither.
         ClusterError: it cannot be deployed; the message says why.
-        SettingsError: vLLM is asked for, and its environment is not there.
+        SettingsError: vLLM is asked for, and its environment is not there; or several gateways over SQLite.
         KeyUnusable: the signing key or a trusted one cannot be read.
     """
     from cluster import serving
 
     scale = parse_replicas(replicas)
+    settings.check_gateways(gateways)
     now = serving.find(client.dashboard, APPLICATION)
     if now is not None and port not in (None, _port(now.url)):
         raise ClusterError(
@@ -85,6 +88,7 @@ def start(
     plan = {
         "port": port,
         "dtype": dtype,
+        "gateways": gateways,
         "models": [_model(each) | chosen | {"replicas": scale} for each in references],
         "idle_seconds": idle_seconds,
         "trusted_keys": _trusted(keys),

@@ -143,10 +143,13 @@ class EngineCore:
                 value=len(prompt),
             )
 
-    def add(self, request: GenerateRequest, grammar: GrammarState | None = None) -> None:
+    def add(self, request: GenerateRequest, grammar: GrammarState | None = None) -> list[Delivery]:
         """
         Args:
             grammar: of the request's `response_format`, from `grammars`; None: compiled here if there is one.
+
+        Returns:
+            the end of a request that had to give way: too many wait, and its tenant has more of them than this one.
 
         Raises:
             InvalidRequest: it could never be answered here, or its id is taken.
@@ -158,21 +161,27 @@ class EngineCore:
             raise InvalidRequest(f"A request {request.id!r} is being answered.", field="id", value=request.id)
         if request.adapter is not None and request.adapter not in self.network.adapters:
             raise AdapterNotLoaded(f"The adapter {request.adapter} is not loaded.", adapter=request.adapter)
-        waiting = len(self._scheduler.waiting)
-        if waiting >= self.limits.max_waiting:
-            raise EngineOverloaded(f"{waiting} requests wait already.", hint="Ask again later.", waiting=waiting)
+        queue, surplus = self._scheduler.waiting, None
+        waiting = len(queue)
+        if self._scheduler.full and (surplus := queue.surplus(request.tenant)) is None:
+            raise _overloaded(waiting)
         sampling = request.sampling
         if grammar is None and sampling.response_format is not None:
             grammar = self.grammars.matcher(sampling.response_format)
         answer = Answer(
             request,
-            Sequence(list(request.prompt_ids), request.adapter),
+            Sequence(list(request.prompt_ids), request.adapter, request.tenant),
             secrets.randbits(63) if sampling.seed is None else sampling.seed,
             TextStream(self.tokenizer, sampling.stop),
             grammar,
         )
         self._answers[answer.sequence] = self._by_id[request.id] = answer
         self._scheduler.add(answer.sequence)
+        if surplus is None:
+            return []
+        gone = self._answers[surplus]
+        self._remove(gone)
+        return [Delivery(gone.request.id, None, _overloaded(waiting))]
 
     def abort(self, request_id: str) -> None:
         """Its blocks are free at once."""
@@ -365,6 +374,10 @@ def answers(core: EngineCore) -> Iterator[Delivery]:
     """Step until every request is answered."""
     while core.busy:
         yield from core.step()
+
+
+def _overloaded(waiting: int) -> EngineOverloaded:
+    return EngineOverloaded(f"{waiting} requests wait already.", hint="Ask again later.", waiting=waiting)
 
 
 def _typed(error: Exception, request: str) -> AdaptoryError:

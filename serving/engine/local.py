@@ -56,7 +56,7 @@ class LocalEngine:
         grammar = None if format is None else await asyncio.to_thread(self._core.grammars.matcher, format)
 
         def add() -> None:
-            self._core.add(request, grammar)
+            self._tell(self._core.add(request, grammar))
             self._listeners[request.id] = listener
 
         ended = False

@@ -84,6 +84,8 @@ class GenerateRequest:
     """Digest of an adapter that is loaded; None: the base alone."""
     sampling: Sampling = Sampling()
     id: str = field(default_factory=lambda: secrets.token_hex(8))
+    tenant: str = ""
+    """Who asks: tenants share an engine by tokens."""
 
 
 class FinishReason(StrEnum):

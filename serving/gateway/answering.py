@@ -107,9 +107,8 @@ class Answering:
         room = prompts.longest - len(ids)
         if sampling.max_tokens > room:
             sampling = replace(sampling, max_tokens=room)
-        return GenerateRequest(
-            ids, choice.adapter, sampling
-        )  # an id of its own: a request's may be the client's choice
+        # an id of its own: a request's may be the client's choice
+        return GenerateRequest(ids, choice.adapter, sampling, tenant=account.principal.tenant.name)
 
     @contextlib.asynccontextmanager
     async def _reserved(self, account: Account, most: int) -> AsyncIterator[None]:

@@ -86,6 +86,7 @@ def test_up_serves_and_shows_the_first_key_once(remote: FakeRay, home: Path, mon
     assert _plan(remote) == {
         "port": 9123,
         "dtype": "bfloat16",
+        "gateways": 1,
         "models": [{"name": "qwen3-0.6b", "reference": "qwen3-0.6b", "replicas": {"min": 1, "max": 1}}],
         "idle_seconds": 300.0,
         "trusted_keys": [(home / "keys" / "signing.pub").read_text()],
@@ -121,6 +122,14 @@ def test_only_public_keys_leave_this_machine(
     ours = (home / "keys" / "signing.pub").read_text()
     assert [plan["trusted_keys"] for plan in plans] == [[ours], [ours, other.decode()]]
     assert "PRIVATE" not in json.dumps(list(remote.jobs.values()), default=str)
+
+
+def test_several_gateways_need_postgresql(remote: FakeRay) -> None:
+    with pytest.raises(SettingsError, match="2 gateways cannot share SQLite"):
+        run("up", "--base", "qwen3-0.6b", "--gateways", "2")
+    assert not remote.jobs
+    Settings(database_url="postgresql://me@db/adaptory").check_gateways(2)
+    Settings().check_gateways(1)
 
 
 def test_what_was_trained_is_what_is_served(remote: FakeRay) -> None:
