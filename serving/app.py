@@ -7,6 +7,7 @@ code, wherever it is.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import logging
 import os
@@ -18,7 +19,7 @@ from typing import Any
 import ray
 from pydantic import BaseModel, ConfigDict
 from ray import serve
-from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
+from ray.serve.config import ControllerOptions, HTTPOptions, ProxyLocation, RequestRouterConfig
 
 from orchestrator.db import Database, open_database
 from orchestrator.limits.limiter import Limiter, LocalLimiter
@@ -40,7 +41,9 @@ from serving.gateway.gateway import Gateway, ServedBase
 from serving.gateway.prompts import Prompts
 from serving.handles import HandleEngine
 from serving.known_adapters import KnownAdapters
+from serving.mail import Couriers, Postbox, ReplyTo, open_postbox
 from serving.replica import EngineOptions, EngineReplica
+from serving.shortcut import CALLBACK, open_door
 from serving.wire import Item
 
 log = logging.getLogger(__name__)
@@ -53,6 +56,14 @@ USAGE_SECONDS = 2.0
 
 _DRAIN_SECONDS = 60.0
 """For what is being answered when a replica must go."""
+
+_SERVE = {
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
+"""How gateways and engines talk: a token on its way through Ray's own streams of objects costs half a millisecond on either side,
+through gRPC half of it, and each hop to another thread waits for the engine's (measured, `tests/bench/http_overhead.py`)."""
 
 
 class ServedModel(BaseModel):
@@ -95,11 +106,12 @@ class _Base:
 class GatewayReplica:
     """One gateway process."""
 
-    def __init__(self, bases: list[_Base], engines: dict[str, Any]):
+    async def __init__(self, bases: list[_Base], engines: dict[str, Any]):  # type: ignore[misc]  # Serve awaits it
         _log_lines()
         settings = load_settings()
         self._db = db = open_database(settings.database)
-        served = {base.digest: _served(settings, base, engines[base.digest]) for base in bases}
+        self._postbox = await open_postbox()
+        served = {base.digest: _served(settings, base, engines[base.digest], self._postbox) for base in bases}
         names = {base.name: base.digest for base in served.values()}
         adapters, usage = KnownAdapters(db), UsageWriter(db)
         ahead = Prefetching(engines, adapters.bases)
@@ -116,9 +128,11 @@ class GatewayReplica:
             replicas=lambda: REPLICAS,
             proxied=True,
         )
+        self._app = create_app(self._gateway)
+        self._door = await open_door(self._app)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return create_app(self._gateway)
+        return self._app
 
     def _limiter(self, settings: Settings, db: Database) -> Limiter:
         """SQLite has one gateway process, whose memory is enough; any number share a PostgreSQL."""
@@ -128,8 +142,12 @@ class GatewayReplica:
         self._repeated.append(Repeated(TTL / 3, shared.renew))
         return shared
 
-    def __del__(self) -> None:
-        """Serve calls it when the replica has drained: what was used is stored before it goes."""
+    async def __del__(self) -> None:
+        """Serve calls it when what came its way is answered: what was used is stored before it goes."""
+        if (door := getattr(self, "_door", None)) is not None:
+            await door.close()
+        if (postbox := getattr(self, "_postbox", None)) is not None:
+            postbox.close()
         for repeated in getattr(self, "_repeated", ()):
             repeated.close()
         if hasattr(self, "_routes"):
@@ -148,19 +166,24 @@ class Prefetching:
             bases: of each adapter's digest.
         """
         self._engines, self._bases = engines, bases
+        self._loop = asyncio.get_running_loop()
         self._known: frozenset[str] = frozenset()
 
     def follow(self, table: RouteTable) -> None:
         new, self._known = table.adapters() - self._known, table.adapters()
         for digest in sorted(new):
             if (handle := self._engines.get(self._bases.get(digest, ""))) is not None:
-                handle.prefetch.remote(adapter=digest)
+                self._loop.call_soon_threadsafe(self._tell, handle, digest)
+
+    def _tell(self, handle: Any, digest: str) -> None:
+        """On the loop, where handles live; routes are watched on a thread."""
+        handle.prefetch.remote(adapter=digest)
 
 
-def _served(settings: Settings, base: _Base, handle: Any) -> ServedBase:
+def _served(settings: Settings, base: _Base, handle: Any, postbox: Postbox | None) -> ServedBase:
     found = materialize(base.model.reference, cache=settings.cache, store=Store(settings.store))
     prompts = Prompts(load_tokenizer(found.path), base.max_length)
-    return ServedBase(base.model.name, base.digest, prompts, HandleEngine(handle))
+    return ServedBase(base.model.name, base.digest, prompts, HandleEngine(handle, postbox=postbox))
 
 
 def _metrics_key(settings: Settings) -> str | None:
@@ -188,11 +211,14 @@ class ServedEngine:
 
     async def __init__(self, options: EngineOptions):  # type: ignore[misc]  # Serve awaits it
         self._replica = EngineReplica(options, serve.get_replica_context().replica_id.unique_id)
+        self._couriers = Couriers()
         await self._replica.start()
 
-    async def answer(self, request: GenerateRequest, stream: bool) -> AsyncGenerator[Item, None]:
+    async def answer(
+        self, request: GenerateRequest, stream: bool, reply_to: ReplyTo | None = None
+    ) -> AsyncGenerator[Item, None]:
         async with contextlib.aclosing(self._replica.answer(request, stream)) as items:
-            async for item in items:
+            async for item in self._couriers.deliver(items, reply_to):
                 yield item
 
     async def prefetch(self, adapter: str) -> None:
@@ -272,7 +298,7 @@ def _actor(plan: Plan, gpus: int = 0) -> dict[str, Any]:
     """Reserves no CPU: a reserved one is one that no job on a small machine can have, used or not. And a reservation of
     none has Ray set OMP_NUM_THREADS to 1, which is for the engine to say."""
     inherited = ray.get_runtime_context().runtime_env.get("env_vars") or {}  # of this job: where state is
-    environment = {"OMP_NUM_THREADS": str(plan.threads or os.cpu_count() or 1)} | inherited
+    environment = {"OMP_NUM_THREADS": str(plan.threads or os.cpu_count() or 1)} | _SERVE | inherited
     return {"num_cpus": 0, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
 
 
@@ -290,6 +316,7 @@ def deploy(plan: Plan) -> None:
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,
         http_options=HTTPOptions(host=plan.host, port=plan.port, keep_alive_timeout_s=75),
+        controller_options=ControllerOptions(runtime_env={"env_vars": CALLBACK}),  # its proxies inherit it
     )
     serve.run(application(plan, load_settings()), name=APPLICATION, route_prefix="/")
 

@@ -5,6 +5,8 @@ Serve (`serving.app`: proxy, gateway, handle, engine replica), its engine's repl
 all else (clients, proxy, gateway, Ray) on the last; the other is the same engine in a process of its own on the first core,
 without HTTP and without Ray. Both are up all the while and answer the same conversations in turn, each pair other ones so
 that no cache of prefixes helps, and the two change places from pair to pair.
+One request alone is the same again and again: its prompt is in the cache, so that the engine's own time is short, and its
+noise does not hide what is added.
 
 The last line is `http_overhead ratio=… first_token_added_ms=… http=… engine=…`: tokens a second over HTTP by the engine's own,
 median over the pairs, and what HTTP adds to the first token of a request that is alone, median likewise. The lines before
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import statistics
@@ -25,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import psutil
 from sides.running import BUILD, Conversation, Result
 from sides.setting_up import base_model, questions
 
@@ -34,14 +38,20 @@ REQUESTS, ADAPTERS, RANK, NEW_TOKENS = 16, 8, 8, 64
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--ones", type=int, default=20, help="pairs of requests that are alone")
+    parser.add_argument("--ones", type=int, default=60, help="pairs of a request that is alone")
     parser.add_argument("--model", type=Path, help="directory of the base model; default: SmolLM2-135M-Instruct")
     options = parser.parse_args()
     model = options.model or base_model()
-    asked = questions(REQUESTS * (options.pairs + 1) + options.ones + 1)
+    asked = questions(REQUESTS * (options.pairs + 1) + 1)
     first, last = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {last})  # what is started from here on inherits it
-    case = {"model": str(model), "home": str(BUILD / "http_overhead"), "adapters": ADAPTERS, "rank": RANK, "core": first}
+    case = {
+        "model": str(model),
+        "home": str(BUILD / "http_overhead"),
+        "adapters": ADAPTERS,
+        "rank": RANK,
+        "core": first,
+    }
     with Conversation("http_served.py", case) as served:
         place = served.hear()
         with Conversation("http_engine.py", case | {"digests": place["digests"], "digest": place["base"]}) as engine:
@@ -93,12 +103,13 @@ async def measure(sides: Sides, texts: list[str], options: argparse.Namespace) -
         ratios.append(seconds["alone"] / seconds["http"])
         print(f"pair {pair + 1}: {speeds['http'][-1]:.1f} tokens/s over HTTP, {speeds['alone'][-1]:.1f} the engine alone, "
               f"ratio {ratios[-1]:.3f}", flush=True)  # fmt: skip
-    await sides.http(warmer := some(1), 2)
-    await sides.alone(warmer, 2)
+    one = some(1)
+    for side in (sides.http, sides.alone):
+        await side(one, 2)
     for pair in range(options.ones):
-        cut, seconds = some(1), {}
+        seconds = {}
         for name in in_turn(pair):
-            seconds[name], _ = await getattr(sides, name)(cut, 2)
+            seconds[name], _ = await getattr(sides, name)(one, 2)
         added.append((seconds["http"] - seconds["alone"]) * 1e3)
     for name, shown in (("http", "over HTTP"), ("alone", "alone")):
         print(f"CPU milliseconds a token, {shown}: {a_token(spent[name])}")
@@ -162,16 +173,11 @@ class Client:
 def cpu_seconds() -> dict[str, float]:
     """CPU time so far of what takes part, by what it is."""
     found: dict[str, float] = {}
-    tick = os.sysconf("SC_CLK_TCK")
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (directory / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ").strip()
-            times = (directory / "stat").read_text().rpartition(") ")[2].split()[11:13]
-        except OSError:
-            continue
-        name = next((name for name, part in PROCESSES.items() if part in words), None)
-        if name is not None:
-            found[name] = found.get(name, 0.0) + sum(map(int, times)) / tick
+    for process in (ourselves := psutil.Process(), *ourselves.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            words, times = " ".join(process.cmdline()), process.cpu_times()
+            name = next((name for name, part in PROCESSES.items() if part in words), "the rest")
+            found[name] = found.get(name, 0.0) + times.user + times.system
     return found
 
 
@@ -191,7 +197,7 @@ PROCESSES = {
 
 def a_token(spent: list[dict[str, float]]) -> str:
     tokens = REQUESTS * NEW_TOKENS
-    medians = {name: statistics.median(one.get(name, 0.0) for one in spent) for name in PROCESSES}
+    medians = {name: statistics.median(one.get(name, 0.0) for one in spent) for name in (*PROCESSES, "the rest")}
     return ", ".join(f"{name} {1e3 * s / tokens:.2f}" for name, s in medians.items() if s)
 
 

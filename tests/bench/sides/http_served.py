@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from setting_up import base_digest, http_options, new_adapter
 
 TENANT = "bench"
@@ -39,7 +40,12 @@ def serve_until_the_end(case: dict[str, Any], base: str, directory: str, facts: 
     from serving.app import Plan, ServedModel, deploy
 
     options = http_options(case, base)
-    names = ("PYTHONPATH", "ADAPTORY_HOME", "HF_HUB_OFFLINE", *(name for name in os.environ if name.startswith("RAY_SERVE_")))
+    names = (
+        "PYTHONPATH",
+        "ADAPTORY_HOME",
+        "HF_HUB_OFFLINE",
+        *(name for name in os.environ if name.startswith("RAY_SERVE_")),
+    )
     ray.init(
         num_cpus=2,
         include_dashboard=False,
@@ -60,7 +66,9 @@ def serve_until_the_end(case: dict[str, Any], base: str, directory: str, facts: 
         pin("ServeReplica:adaptory:engine", case["core"])
         time.sleep(2)  # routes are seen within two seconds
         models = [f"{TENANT}/adapter-{n}" for n in range(case["adapters"])]
-        print(json.dumps(facts | {"base": base, "url": f"http://{plan.host}:{plan.port}", "models": models}), flush=True)
+        print(
+            json.dumps(facts | {"base": base, "url": f"http://{plan.host}:{plan.port}", "models": models}), flush=True
+        )
         sys.stdin.read()
     finally:
         serve.shutdown()
@@ -68,13 +76,10 @@ def serve_until_the_end(case: dict[str, Any], base: str, directory: str, facts: 
 
 
 def pin(part: str, core: int) -> None:
-    """Every thread of the process whose command line has this part."""
-    found = [
-        path.parent for path in Path("/proc").glob("[0-9]*/cmdline") if part in path.read_bytes().decode(errors="replace")
-    ]
-    assert len(found) == 1, found
-    for thread in (found[0] / "task").iterdir():
-        os.sched_setaffinity(int(thread.name), {core})
+    """Every thread of the one process below this one whose command line has this part."""
+    (found,) = [p for p in psutil.Process().children(recursive=True) if part in " ".join(p.cmdline())]
+    for thread in found.threads():
+        os.sched_setaffinity(thread.id, {core})
 
 
 def free_port() -> int:

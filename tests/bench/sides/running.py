@@ -62,7 +62,11 @@ class Conversation:
             "ADAPTORY_HOME": case["home"],
         }
         self._process = subprocess.Popen(
-            [sys.executable, str(SIDES / script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=everything
+            [sys.executable, str(SIDES / script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=everything,
         )
         self.say(case)
 
