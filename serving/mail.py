@@ -99,7 +99,7 @@ class Postbox:
 class _Ended:
     """How Serve's stream ended."""
 
-    error: BaseException | None = None
+    error: Exception | None = None
 
 
 class Mail:
@@ -140,11 +140,11 @@ class Mail:
         try:
             async for item in self._items:
                 self.put(item)
-        except asyncio.CancelledError as error:
-            self.put(_Ended(error))
-            raise
         except Exception as error:
             self.put(_Ended(error))
+        except BaseException:
+            self.put(_Ended())
+            raise
         else:
             self.put(_Ended())
 

@@ -9,10 +9,12 @@ import os
 import socket
 import struct
 import tempfile
+import time
 from pathlib import Path
 
 _FRAME = struct.Struct("!cI")
 _LONGEST = 64 << 20
+_DAY = 86_400.0
 
 
 def meeting_place() -> Path:
@@ -24,7 +26,9 @@ def meeting_place() -> Path:
     import ray
 
     cluster = hashlib.sha256(ray.get_runtime_context().gcs_address.encode()).hexdigest()[:12]
-    return private(private(Path(tempfile.gettempdir()) / f"adaptory-{os.getuid()}") / cluster)
+    ours = private(Path(tempfile.gettempdir()) / f"adaptory-{os.getuid()}")
+    forget(ours)
+    return private(ours / cluster)
 
 
 def private(directory: Path) -> Path:
@@ -39,6 +43,14 @@ def private(directory: Path) -> Path:
     if found.st_uid != os.getuid() or found.st_mode & 0o077 or directory.is_symlink():
         raise PermissionError(f"{directory} is not ours alone.")
     return directory
+
+
+def forget(directory: Path) -> None:
+    """Remove what is empty and a day old in it: places of a Ray that is over. One that is not is made again by who needs it."""
+    for old in directory.iterdir():
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > _DAY:
+                old.rmdir()
 
 
 def sweep(directory: Path, suffix: str) -> None:

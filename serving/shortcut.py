@@ -35,6 +35,7 @@ PATHS = ("/v1/chat/completions", "/v1/completions")
 CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.shortcut:middlewares"}
 """The environment in which Serve's proxy takes the middleware."""
 
+_SUFFIX = ".http"
 _HEAD, _BODY, _END = b"h", b"b", b"e"
 _LATE_SECONDS = 0.2
 """For requests that were on their way when a gateway began to close."""
@@ -58,12 +59,12 @@ class Door:
     """Has an ASGI application answer what comes through a socket."""
 
     def __init__(self, app: ASGIApp, directory: Path):
-        self._app, self._path = app, directory / f"{os.getpid()}.sock"
+        self._app, self._path = app, directory / f"{os.getpid()}{_SUFFIX}"
         self._answering: set[asyncio.Task[Any]] = set()
 
     async def open(self) -> None:
         self._path.unlink(missing_ok=True)  # of a process that had this number before
-        self._server = await asyncio.start_unix_server(self._enter, self._path)
+        self._server = await asyncio.start_unix_server(self._enter, self._path, backlog=1024)
 
     async def close(self) -> None:
         """Take no new requests; returns when those that had begun are answered."""
@@ -134,26 +135,35 @@ class Shortcut:
 
     def __init__(self, app: ASGIApp, directory: Path):
         self._app, self._directory = app, directory
-        self._answering: Counter[Path] = Counter()
+        self._answering: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] not in PATHS:
             await self._app(scope, receive, send)
             return
-        for path in sorted(self._directory.glob("*.sock"), key=lambda path: self._answering[path]):
+        for name in sorted(self._doors(), key=lambda name: self._answering[name]):
+            path = self._directory / name
             try:
                 reader, writer = await asyncio.open_unix_connection(path)
-            except OSError:
-                path.unlink(missing_ok=True)  # it was killed
+            except ConnectionRefusedError:  # it was killed
+                path.unlink(missing_ok=True)
                 continue
-            self._answering[path] += 1
+            except OSError:
+                continue
+            self._answering[name] += 1
             try:
                 await _Forwarding(scope, send, reader, writer).run(receive)
             finally:
-                self._answering[path] -= 1
+                self._answering[name] -= 1
                 writer.close()
             return
         await self._app(scope, receive, send)
+
+    def _doors(self) -> list[str]:
+        try:
+            return [path.name for path in self._directory.iterdir() if path.suffix == _SUFFIX]
+        except OSError:  # somebody has cleaned up
+            return []
 
 
 class _Forwarding:
