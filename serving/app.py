@@ -57,13 +57,9 @@ USAGE_SECONDS = 2.0
 _DRAIN_SECONDS = 60.0
 """For what is being answered when a replica must go."""
 
-_SERVE = {
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-}
-"""How gateways and engines talk: a token on its way through Ray's own streams of objects costs half a millisecond on either side,
-through gRPC half of it, and each hop to another thread waits for the engine's (measured, `tests/bench/http_overhead.py`)."""
+_SERVE = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+"""Gateways and engines have one event loop each: a hop to another thread waits for whatever holds Python's lock, the engine's
+thread above all."""
 
 
 class ServedModel(BaseModel):
