@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayActorError
-from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
+from ray.serve.config import ControllerOptions, HTTPOptions, ProxyLocation, RequestRouterConfig
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from orchestrator.db import Database, open_database
@@ -41,11 +41,13 @@ from serving.gateway.gateway import Gateway, ServedBase
 from serving.gateway.prompts import Prompts
 from serving.handles import HandleEngine
 from serving.known_adapters import KnownAdapters
+from serving.mail import Postbox, open_postbox
 from serving.plan import Plan, ServedModel
 from serving.replica import EngineOptions
 from serving.residency import REPLICAS
 from serving.scaling import actor_options, engine_scaling, gateway_scaling
 from serving.served_engine import ServedEngine
+from serving.shortcut import CALLBACK, open_door
 
 log = logging.getLogger(__name__)
 
@@ -84,15 +86,16 @@ class _Base:
 class GatewayReplica:
     """One gateway process."""
 
-    def __init__(self, bases: list[_Base], engines: dict[str, Any]):
+    async def __init__(self, bases: list[_Base], engines: dict[str, Any]):  # type: ignore[misc]  # Serve awaits it
         _log_lines()
         settings = load_settings()
         self._db = db = open_database(settings.database)
-        served = {base.digest: _served(settings, base, engines[base.digest]) for base in bases}
+        self._postbox = await open_postbox()
+        served = {base.digest: _served(settings, base, engines[base.digest], self._postbox) for base in bases}
         names = {base.name: base.digest for base in served.values()}
         adapters, usage = KnownAdapters(db), UsageWriter(db)
         self._usage, self._draining = usage, False
-        ahead = Prefetching(engines, adapters.bases, awake=_awake(bases))
+        ahead = Prefetching(engines, adapters.bases, awake=_awake(bases), loop=asyncio.get_running_loop())
         self._routes = RouteWatcher(db, lambda: build_table(db, adapters, names), replaced=ahead.follow)
         self._routes.start()
         self._repeated = [Repeated(USAGE_SECONDS, usage.flush, last=True)]
@@ -108,9 +111,11 @@ class GatewayReplica:
             ready=lambda: not self._draining,
             proxied=True,
         )
+        self._app = create_app(self._gateway)
+        self._door = await open_door(self._app)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return create_app(self._gateway)
+        return self._app
 
     async def drain(self) -> int:
         """Refuse what is new; how many answers still run. When none does, all that was used is stored."""
@@ -127,8 +132,12 @@ class GatewayReplica:
         self._repeated.append(Repeated(TTL / 3, shared.renew))
         return shared
 
-    def __del__(self) -> None:
-        """Serve calls it when the replica has drained: what was used is stored before it goes."""
+    async def __del__(self) -> None:
+        """Serve calls it when what came its way is answered: what was used is stored before it goes."""
+        if (door := getattr(self, "_door", None)) is not None:
+            await door.close()
+        if (postbox := getattr(self, "_postbox", None)) is not None:
+            postbox.close()
         for repeated in getattr(self, "_repeated", ()):
             repeated.close()
         if hasattr(self, "_routes"):
@@ -140,14 +149,22 @@ class GatewayReplica:
 class Prefetching:
     """When routes change, tells the replicas of what was not routed to before, so that the first request finds it there."""
 
-    def __init__(self, engines: Mapping[str, Any], bases: Mapping[str, str], awake: Callable[[str], bool]):
+    def __init__(
+        self,
+        engines: Mapping[str, Any],
+        bases: Mapping[str, str],
+        awake: Callable[[str], bool],
+        loop: asyncio.AbstractEventLoop,
+    ):
         """
         Args:
+            loop: where handles live; routes are watched on a thread.
             engines: handles, by base digest.
             bases: of each adapter's digest.
             awake: whether a base has replicas; telling one that has none would start it.
         """
         self._engines, self._bases, self._awake = engines, bases, awake
+        self._loop = loop
         self._known: frozenset[str] = frozenset()
 
     def follow(self, table: RouteTable) -> None:
@@ -155,7 +172,10 @@ class Prefetching:
         for digest in sorted(new):
             base = self._bases.get(digest, "")
             if (handle := self._engines.get(base)) is not None and self._awake(base):
-                handle.prefetch.remote(adapter=digest)
+                self._loop.call_soon_threadsafe(self._tell, handle, digest)
+
+    def _tell(self, handle: Any, digest: str) -> None:
+        handle.prefetch.remote(adapter=digest)
 
 
 def _awake(bases: Collection[_Base]) -> Callable[[str], bool]:
@@ -163,10 +183,10 @@ def _awake(bases: Collection[_Base]) -> Callable[[str], bool]:
     return lambda digest: digest not in sleeping or bool(REPLICAS.get(sleeping[digest]))
 
 
-def _served(settings: Settings, base: _Base, handle: Any) -> ServedBase:
+def _served(settings: Settings, base: _Base, handle: Any, postbox: Postbox | None) -> ServedBase:
     found = materialize(base.reference, cache=settings.cache, store=Store(settings.store))
     prompts = Prompts(load_tokenizer(found.path), base.max_length)
-    return ServedBase(base.name, base.digest, prompts, HandleEngine(handle))
+    return ServedBase(base.name, base.digest, prompts, HandleEngine(handle, postbox=postbox))
 
 
 def _log_lines() -> None:
@@ -258,6 +278,7 @@ def deploy(plan: Plan) -> None:
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,
         http_options=HTTPOptions(host=plan.host, port=plan.port, keep_alive_timeout_s=75),
+        controller_options=ControllerOptions(runtime_env={"env_vars": CALLBACK}),  # its proxies inherit it
     )
     serve.run(application(plan, load_settings()), name=APPLICATION, route_prefix="/")
 

@@ -65,6 +65,9 @@ def actor_options(
         "OMP_NUM_THREADS": str(plan.threads or os.cpu_count() or 1),
         # 0.1 ms instead of 3 that a thread waits awake: where others want the cores too, waiting so long halves the speed
         "GOMP_SPINCOUNT": "10000",
+        # one event loop a process: a hop to another thread waits for whatever holds Python's lock, the engine's above all
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     } | dict(inherited)
     # a shell reads it
     python = {"py_executable": shlex.quote(engine.python)} if isinstance(engine, VllmChoice) else {}

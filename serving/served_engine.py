@@ -11,6 +11,7 @@ from ray import serve
 
 from serving import autoscaler
 from serving.engine.protocol import GenerateRequest
+from serving.mail import Couriers, ReplyTo
 from serving.replica import EngineOptions, EngineReplica
 from serving.wire import Item
 
@@ -20,11 +21,14 @@ class ServedEngine:
 
     async def __init__(self, options: EngineOptions):  # type: ignore[misc]  # Serve awaits it
         self._replica = EngineReplica(options, serve.get_replica_context().replica_id.unique_id)
+        self._couriers = Couriers()
         await self._replica.start()
 
-    async def answer(self, request: GenerateRequest, stream: bool) -> AsyncGenerator[Item, None]:
+    async def answer(
+        self, request: GenerateRequest, stream: bool, reply_to: ReplyTo | None = None
+    ) -> AsyncGenerator[Item, None]:
         async with contextlib.aclosing(self._replica.answer(request, stream)) as items:
-            async for item in items:
+            async for item in self._couriers.deliver(items, reply_to):
                 yield item
 
     async def prefetch(self, adapter: str) -> None:

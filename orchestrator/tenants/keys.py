@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -110,9 +110,8 @@ def authenticate(db: Database, presented: str) -> Principal:
     """
     if not secrets.is_key(presented):
         raise _refused("This is no API key.")
-    query = select(ApiKeyRow, TenantRow).join(TenantRow, TenantRow.name == ApiKeyRow.tenant)
     with db.read() as session:
-        found = session.execute(query.where(ApiKeyRow.id == secrets.key_id(presented))).one_or_none()
+        found = session.execute(_BY_ID, {"id": secrets.key_id(presented)}).one_or_none()
         if not secrets.matches(presented, found[0].hash if found else None) or found is None:
             raise _refused("This API key is not known.")
         key, tenant = ApiKey.model_validate(found[0]), tenant_of(found[1])
@@ -124,6 +123,14 @@ def authenticate(db: Database, presented: str) -> Principal:
             f"The tenant {tenant.name} is disabled.", hint="Ask whoever runs this endpoint.", key=key.id
         )
     return Principal(tenant, key.id, key.name, frozenset(key.scopes))
+
+
+_BY_ID = (
+    select(ApiKeyRow, TenantRow)
+    .join(TenantRow, TenantRow.name == ApiKeyRow.tenant)
+    .where(ApiKeyRow.id == bindparam("id"))
+)
+"""Built once: a third of the time of a query is in that."""
 
 
 def _refused(message: str, **context: Any) -> ApiKeyRefused:

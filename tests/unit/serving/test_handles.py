@@ -53,7 +53,7 @@ class Handle:
     scripts: list[list[Any]]
     calls: list[Items] = field(default_factory=list)
 
-    def options(self, *, stream: bool) -> Handle:
+    def options(self, *, stream: bool, **_: Any) -> Handle:
         assert stream
         return self
 

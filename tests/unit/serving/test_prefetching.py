@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 from orchestrator.db import Database
 from orchestrator.limits.quota import Quota
@@ -19,6 +20,8 @@ from serving.known_adapters import KnownAdapters
 
 TINY, LARGE, ABSENT = ("sha256:" + each * 32 for each in ("b1", "b2", "b3"))
 ROUTE = QualifiedName("acme", "intents")
+
+LOOP: Any = SimpleNamespace(call_soon_threadsafe=lambda function, *arguments: function(*arguments))
 
 
 class Handle:
@@ -54,7 +57,7 @@ def test_each_base_is_told_of_its_own(db: Database, register_adapter: Callable[.
     watcher = RouteWatcher(
         db,
         lambda: build_table(db, adapters, bases),
-        replaced=Prefetching(engines, adapters.bases, awake=lambda base: True).follow,
+        replaced=Prefetching(engines, adapters.bases, awake=lambda base: True, loop=LOOP).follow,
     )
     promote(1)
     assert engines[TINY].asked() == []

@@ -14,6 +14,8 @@ from serving.residency import REPLICAS
 ALWAYS, SLEEPING = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 BASES = [_Base("always", "x", ALWAYS, 512, sleeps=False), _Base("sleeping", "y", SLEEPING, 512, sleeps=True)]
 
+LOOP: Any = SimpleNamespace(call_soon_threadsafe=lambda function, *arguments: function(*arguments))
+
 
 class Handle:
     """Of a deployment; remembers which adapters its replicas were told of."""
@@ -35,7 +37,7 @@ def _no_replicas() -> Iterator[None]:
 
 
 def prefetching(handles: dict[str, Handle]) -> Prefetching:
-    return Prefetching(handles, {"one": ALWAYS, "two": SLEEPING, "three": SLEEPING}, awake=_awake(BASES))
+    return Prefetching(handles, {"one": ALWAYS, "two": SLEEPING, "three": SLEEPING}, awake=_awake(BASES), loop=LOOP)
 
 
 def table(*adapters: str) -> Any:
