@@ -19,7 +19,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from orchestrator.errors import AdaptoryError, ReplicaUnavailable
-from serving.meeting import meeting_place, read_frame, sweep, write_frame
+from serving.meeting import frame, meeting_place, read_frame, sweep
 from serving.wire import Item
 
 log = logging.getLogger(__name__)
@@ -206,4 +206,4 @@ class Courier:
         if self._writer.transport.get_write_buffer_size() > _MOST_UNSENT:
             self._writer.close()
         if not self.lost:
-            write_frame(self._writer, _ITEMS, pickle.dumps(items, pickle.HIGHEST_PROTOCOL))
+            self._writer.write(frame(_ITEMS, pickle.dumps(items, pickle.HIGHEST_PROTOCOL)))

@@ -77,5 +77,6 @@ async def read_frame(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
     return kind, await reader.readexactly(length) if length else b""
 
 
-def write_frame(writer: asyncio.StreamWriter, kind: bytes, data: bytes = b"") -> None:
-    writer.write(_FRAME.pack(kind, len(data)) + data)
+def frame(kind: bytes, data: bytes = b"") -> bytes:
+    """Frames that are written together wake the other end once."""
+    return _FRAME.pack(kind, len(data)) + data

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from orchestrator.errors import ReplicaUnavailable
 from serving.gateway.errors import body_of, status_of
 from serving.gateway.responses import error_chunk
-from serving.meeting import meeting_place, read_frame, write_frame
+from serving.meeting import frame, meeting_place, read_frame
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.shortcut:middl
 
 _SUFFIX = ".http"
 _HEAD, _BODY, _END = b"h", b"b", b"e"
+_BODY_SECONDS = 0.1
+"""For the body's beginning to travel with the head; whose body takes longer is the gateway's to judge."""
 _LATE_SECONDS = 0.2
 """For requests that were on their way when a gateway began to close."""
 
@@ -90,7 +92,7 @@ class Door:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         _, head = await read_frame(reader)
-        complete = False
+        complete, start = False, b""
 
         async def receive() -> Message:
             nonlocal complete
@@ -105,14 +107,13 @@ class Door:
             return {"type": "http.disconnect"}
 
         async def send(message: Message) -> None:
+            nonlocal start
             if message["type"] == "http.response.start":
                 facts = {"status": message["status"], "headers": _texts(message.get("headers", ()))}
-                write_frame(writer, _HEAD, json.dumps(facts).encode())
+                start = frame(_HEAD, json.dumps(facts).encode())
                 return
-            if body := message.get("body"):
-                write_frame(writer, _BODY, body)
-            if not message.get("more_body", False):
-                write_frame(writer, _END)
+            writer.write(start + _frames(message))
+            start = b""
             await writer.drain()
 
         await self._app(_scope(json.loads(head)), receive, send)
@@ -172,34 +173,40 @@ class _Forwarding:
     def __init__(self, scope: Scope, send: Send, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self._scope, self._send, self._reader, self._writer = scope, send, reader, writer
         self._started = self._streaming = self._gone = False
+        self._head = frame(_HEAD, json.dumps(_facts(scope)).encode())
 
     async def run(self, receive: Receive) -> None:
-        write_frame(self._writer, _HEAD, json.dumps(_facts(self._scope)).encode())
         asking = asyncio.create_task(self._ask(receive))
+        slow = asyncio.get_running_loop().call_later(_BODY_SECONDS, self._write)
         try:
             await self._answer()
         except (ConnectionError, asyncio.IncompleteReadError):
             if not self._gone:
                 await self._broken()
         finally:
+            slow.cancel()
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
 
     async def _ask(self, receive: Receive) -> None:
         """The body; then wait for the client to go away, which closes the connection."""
         while (message := await receive())["type"] == "http.request":
-            if body := message.get("body"):
-                write_frame(self._writer, _BODY, body)
-            if not message.get("more_body", False):
-                write_frame(self._writer, _END)
+            self._write(_frames(message))
             with contextlib.suppress(ConnectionError):  # the answer's end of it tells
                 await self._writer.drain()
         self._gone = True
         self._writer.close()
 
+    def _write(self, frames: bytes = b"") -> None:
+        """After the head, once."""
+        self._writer.write(self._head + frames)
+        self._head = b""
+
     async def _answer(self) -> None:
-        while (frame := await read_frame(self._reader))[0] != _END:
-            kind, data = frame
+        while True:
+            kind, data = await read_frame(self._reader)
+            if kind == _END:
+                break
             if kind == _HEAD:
                 await self._start(json.loads(data))
             else:
@@ -248,6 +255,12 @@ def _scope(facts: dict[str, Any]) -> Scope:
         "headers": _bytes(facts["headers"]),
     }
     return facts | raw | {"asgi": {"version": "3.0", "spec_version": "2.3"}}
+
+
+def _frames(message: Message) -> bytes:
+    """A piece of a body; both ends have them."""
+    body, more = message.get("body", b""), message.get("more_body", False)
+    return (frame(_BODY, body) if body else b"") + (b"" if more else frame(_END))
 
 
 def _texts(headers: Any) -> list[tuple[str, str]]:

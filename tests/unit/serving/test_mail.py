@@ -104,8 +104,8 @@ def test_items_go_to_the_postbox_and_nothing_through_serve(directory: Path):
 
 def test_what_one_step_brought_to_many_answers_is_one_frame(directory: Path, monkeypatch: pytest.MonkeyPatch):
     frames = []
-    write = mail.write_frame
-    monkeypatch.setattr(mail, "write_frame", lambda *frame: (frames.append(frame), write(*frame)))
+    make = mail.frame
+    monkeypatch.setattr(mail, "frame", lambda *parts: frames.append(parts) or make(*parts))
 
     async def ask() -> None:
         postbox, couriers, step = await opened(directory), Couriers(), asyncio.Event()

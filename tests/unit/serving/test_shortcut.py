@@ -51,6 +51,8 @@ class App:
         more = True
         while more:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                return
             self.body += message["body"]
             more = message["more_body"]
         gone = asyncio.create_task(self._gone(receive))
@@ -145,6 +147,19 @@ def test_a_request_and_its_answer_arrive_as_they_are(directory: Path):
         assert app.body == b"asked"
         assert (app.scope["method"], app.scope["path"], app.scope["query_string"]) == ("POST", CHAT, b"a=1")
         assert app.scope["headers"] == [(b"authorization", b"Bearer k\xe9y")]
+
+    run(ask)
+
+
+def test_a_body_that_does_not_come_is_the_gateways_to_judge(directory: Path):
+    async def ask() -> None:
+        app, client = App(), Client(body=())
+        await door(app, directory)
+        asked = asyncio.create_task(client.ask(directory))
+        while not app.scope:
+            await asyncio.sleep(0.01)
+        client.leaves.set()
+        await asked
 
     run(ask)
 
