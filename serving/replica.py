@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,16 +62,19 @@ class EngineOptions:
 
 class EngineReplica:
     """
+    Args:
+        died: told when the engine has ended by itself, and nothing will be answered any more.
+
     Raises:
         ModelError: the base is not there, is another one than its digest says, or has no fused decoder.
     """
 
-    def __init__(self, options: EngineOptions, name: str):
+    def __init__(self, options: EngineOptions, name: str, died: Callable[[], None] | None = None):
         self.name, self._options = name, options
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self.core = _core(options)
-        self.engine = LocalEngine(self.core)
+        self.engine = LocalEngine(self.core, died)
         requirements = Requirements(
             options.digest, self.core.network.places, self.core.network.dtype, max_rank=options.max_rank
         )

@@ -8,7 +8,7 @@ import shlex
 import socket
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.commands.output import say
 from orchestrator.errors import ClusterError
@@ -62,12 +62,22 @@ def start(
     references = list(bases) or trained_bases(db) or [DEFAULT_BASE]
     port = port or (_port(now.url) if now else FIRST_PORT if settings.remote else _free_port())
     plan = {"port": port, "dtype": dtype, "models": [_model(each) for each in references]}
-    command = shlex.join(["python", "-m", "serving", "--plan", json.dumps(plan)])
-    if now is not None and now.running and client.newest(_JOB) == command:
+    if now is not None and now.running and client.newest(_JOB) == _command(plan):
         return now
     say(f"Starting to serve {', '.join(references)} (a minute or so; `adaptory down` stops it)…")
+    return deploy(client, settings, store, plan)
+
+
+def deploy(client: RayJobClient, settings: Settings, store: Store, plan: dict[str, Any]) -> Application:
+    """Have a `serving.app.Plan` on the cluster; returns when it answers.
+
+    Raises:
+        ClusterError: it cannot be deployed; the message says why.
+    """
+    from cluster import serving
+
     job = f"{_JOB}{secrets.token_hex(4)}"
-    client.submit(job, command, env=_environment(settings, store), metadata={"adaptory": "serving"})
+    client.submit(job, _command(plan), env=_environment(settings, store), metadata={"adaptory": "serving"})
     _wait(client, job)
     started = serving.find(client.dashboard, APPLICATION)
     if started is None or not started.running:
@@ -109,6 +119,10 @@ def trained_bases(db: Database) -> list[str]:
 
 
 # --- details --------------------------------------------------------------------------------------------------------
+
+
+def _command(plan: dict[str, Any]) -> str:
+    return shlex.join(["python", "-m", "serving", "--plan", json.dumps(plan)])
 
 
 def _model(reference: str) -> dict[str, str]:

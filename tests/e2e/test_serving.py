@@ -7,192 +7,28 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
-import torch
 
-from orchestrator.db import Database, open_database
-from orchestrator.db.models import AdapterRow
-from orchestrator.limits.quota import Quota
-from orchestrator.modeling.adapter_files import AdapterConfig, adapter_digest, write_adapter
-from orchestrator.modeling.base_model import materialize
-from orchestrator.modeling.loading import load_model
-from orchestrator.modeling.prompts import end_tokens, load_tokenizer, prompt_ids, render
-from orchestrator.names import QualifiedName
-from orchestrator.routing.config import parse_config
-from orchestrator.routing.repository import save_route
-from orchestrator.settings import Settings
 from orchestrator.store import Store, adapter_path
-from orchestrator.tenants.keys import create_key
-from orchestrator.tenants.tenant import add_tenant
 from serving.adapter_router import RESIDENCY_SECONDS
-from serving.engine.core import EngineCore, answers
-from serving.engine.network import ServedNetwork
-from serving.engine.protocol import FinishReason, GenerateRequest, Sampling
-from serving.engine.scheduler import Limits
+from tests.e2e.endpoint import ASKED, TENANTS, Endpoint, prepared, publish, streamed, until
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 400.0
-TENANTS = ("acme", "globex")
-ASKED = "Who signed agreement 7 in London?"
 LONG = 400
 """Tokens of an answer that takes the tiny model about a second."""
 
 
-@dataclass
-class Endpoint:
-    home: Path
-    base: Path
-    db: Database
-    digests: dict[str, str]
-    directories: dict[str, Path]
-    keys: dict[str, str]
-    facts: dict[str, Any]
-    """What `adaptory up` printed."""
-
-    @property
-    def url(self) -> str:
-        return self.facts["serving"]["url"]
-
-    @property
-    def base_name(self) -> str:
-        return self.base.name
-
-    def types(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return types(self.home, *words, **environment)
-
-    def ask(self, tenant: str, model: str | None = None, **fields: Any) -> requests.Response:
-        body = {
-            "model": model or f"{tenant}/intents",
-            "messages": [{"role": "user", "content": ASKED}],
-            "temperature": 0,
-            "max_tokens": 24,
-        }
-        headers = {"Authorization": f"Bearer {self.keys[tenant]}"}
-        return requests.post(
-            f"{self.url}/chat/completions",
-            json=body | fields,
-            headers=headers,
-            timeout=60,
-            stream=bool(fields.get("stream")),
-        )
-
-    def route(self, tenant: str, revision: int, **config: Any) -> None:
-        name = QualifiedName(tenant, "intents")
-        save_route(self.db, name, parse_config(name, config), actor="test", expected=revision)
-
-    def metrics(self) -> str:
-        key = (self.home / "keys" / "metrics_key").read_text().strip()
-        url = self.url.removesuffix("/v1") + "/metrics"
-        return requests.get(url, headers={"Authorization": f"Bearer {key}"}, timeout=30).text
-
-    def engine(self, adapter: str | None) -> tuple[EngineCore, tuple[int, ...]]:
-        """The same engine in this process, with that adapter in it, and the tokens of the question."""
-        tokenizer = load_tokenizer(self.base)
-        network = ServedNetwork(load_model(self.base, dtype=torch.float32).eval())
-        core = EngineCore(network, tokenizer, end_tokens(tokenizer), Limits(cache_tokens=20_000, max_length=512))
-        if adapter is not None:
-            core.load(adapter, self.directories[adapter])
-        text = render(tokenizer, [{"role": "user", "content": ASKED}])
-        return core, tuple(prompt_ids(tokenizer, text))
-
-    def alone(self, adapter: str | None) -> str:
-        """What it says to the question when nobody else asks."""
-        core, ids = self.engine(adapter)
-        core.add(GenerateRequest(ids, adapter, Sampling(max_tokens=24)))
-        return "".join(delivery.event.text for delivery in answers(core) if delivery.event)
-
-
-def types(home: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    outer = {name: value for name, value in os.environ.items() if not name.startswith(("ADAPTORY_", "RAY_"))}
-    ours = {"ADAPTORY_HOME": str(home), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "orchestrator.cli", *words]
-    return subprocess.run(command, env=outer | ours | environment, capture_output=True, text=True, timeout=PATIENCE)
-
-
 @pytest.fixture(scope="module")
 def endpoint(tiny_model: Callable[[str], Path]) -> Iterator[Endpoint]:
-    home = Path(tempfile.mkdtemp(prefix="as", dir="/tmp"))
-    settings = Settings(home=home, ray_address=None, store_url=None)
-    directory = tiny_model("llama")
-    base = materialize(str(directory), cache=settings.cache)
-    db, store = open_database(settings.database), Store(settings.store)
-    digests, directories, keys = {}, {}, {}
-    for number, tenant in enumerate(TENANTS):
-        add_tenant(db, tenant, Quota(), actor="test")
-        keys[tenant] = create_key(db, tenant, "test", actor="test").secret
-        files = home / f"trained-{tenant}"
-        digest = publish(store, files, base.path, base.digest, seed=number + 1)
-        digests[tenant], directories[digest] = digest, files
-        with db.write() as session:
-            provenance = {"base_model": {"reference": str(directory), "digest": base.digest}}
-            session.add(
-                AdapterRow(
-                    tenant=tenant,
-                    digest=digest,
-                    name="intents",
-                    run_id="none",
-                    base_digest=base.digest,
-                    rank=4,
-                    created_at=time.time(),
-                    metrics={},
-                    provenance=provenance,
-                )
-            )
-    try:
-        done = types(home, "up", "--dtype", "float32", "--json")
-        assert done.returncode == 0, done.stdout + done.stderr
-        made = Endpoint(home, base.path, db, digests, directories, keys, json.loads(done.stdout))
-        for tenant in TENANTS:
-            made.route(tenant, 0, adapters=[{"adapter": f"{tenant}/intents@{digests[tenant]}"}])
-        time.sleep(2)
+    with prepared(tiny_model("llama")) as made:
+        made.up("--dtype", "float32")
         yield made
-    finally:
-        db.close()
-        types(home, "down", "--force")
-        shutil.rmtree(home)
-
-
-def publish(store: Store, directory: Path, base: Path, base_digest: str, seed: int) -> str:
-    """An adapter of rank 4 that says something else than its base."""
-    network = ServedNetwork(load_model(base, dtype=torch.float32).eval())
-    generator, tensors = torch.Generator().manual_seed(seed), {}
-    for module, place in sorted(network.places.items()):
-        if module.endswith(("q_proj", "down_proj")):
-            tensors[f"{module}.lora_A.weight"] = torch.randn(4, place.in_features, generator=generator)
-            tensors[f"{module}.lora_B.weight"] = torch.randn(place.out_features, 4, generator=generator)
-    write_adapter(directory, AdapterConfig(4, 8.0, ("q_proj", "down_proj")), tensors)
-    digest = adapter_digest(directory, base_digest)
-    store.publish(adapter_path(digest), directory, {"kind": "lora", "rank": 4, "base_digest": base_digest})
-    return digest
-
-
-def streamed(response: requests.Response) -> str:
-    lines = [line.decode().removeprefix("data: ") for line in response.iter_lines() if line]
-    assert lines[-1] == "[DONE]"
-    chunks = [json.loads(line) for line in lines[:-1]]
-    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
-
-
-def until(holds: Callable[[], bool], seconds: float = 20.0) -> float:
-    """Seconds until it held."""
-    start = time.monotonic()
-    while not holds():
-        assert time.monotonic() - start < seconds, "it did not come to that"
-        time.sleep(0.05)
-    return time.monotonic() - start
 
 
 def test_up_says_where_it_is_and_shows_the_first_key_once(endpoint: Endpoint):
@@ -235,10 +71,7 @@ def test_another_tenants_model_does_not_exist(endpoint: Endpoint):
 
 
 def test_a_changed_route_reaches_the_gateway_within_two_seconds(endpoint: Endpoint):
-    name = QualifiedName("acme", "routed")
-    base = endpoint.base_name
-    config = parse_config(name, {"base_model": base})
-    save_route(endpoint.db, name, config, actor="test", expected=0)
+    endpoint.route("acme", 0, "routed", base_model=endpoint.base_name)
     taken = until(lambda: endpoint.ask("acme", model="acme/routed").status_code == 200)
     assert taken < 2.0
 
@@ -246,63 +79,36 @@ def test_a_changed_route_reaches_the_gateway_within_two_seconds(endpoint: Endpoi
 def test_clients_that_go_away_have_their_answers_aborted(endpoint: Endpoint):
     """Eight that are known to be long are left at their first words. The engine counts the tokens of answers that ended:
     had one gone on, it would be among them."""
-    seeds = long_answers(endpoint, 8)
-    counted = _gauge(endpoint.metrics(), "adaptory_engine_completion_tokens")
-    left = _gauge(endpoint.metrics(), "adaptory_requests_total", 'status="499"')
+    seeds = endpoint.long_answers("acme", LONG, 8)
+    counted = endpoint.gauge("adaptory_engine_completion_tokens")
+    left = endpoint.gauge("adaptory_requests_total", 'status="499"')
     asked = [endpoint.ask("acme", stream=True, temperature=1.0, seed=seed, max_tokens=LONG) for seed in seeds]
     for response in asked:
         response.close()
-    until(lambda: _gauge(endpoint.metrics(), "adaptory_requests_total", 'status="499"') == left + 8)
-    until(lambda: _gauge(endpoint.metrics(), "adaptory_engine_running") == 0.0)
+    until(lambda: endpoint.gauge("adaptory_requests_total", 'status="499"') == left + 8)
+    until(lambda: endpoint.gauge("adaptory_engine_running") == 0.0)
     time.sleep(2 * RESIDENCY_SECONDS)
-    assert _gauge(endpoint.metrics(), "adaptory_engine_completion_tokens") == counted
-    assert _gauge(endpoint.metrics(), "adaptory_in_flight") == 0.0
-
-
-def long_answers(endpoint: Endpoint, count: int) -> list[int]:
-    """Seeds with which the model does not end its turn before `LONG` tokens."""
-    seeds = list(range(10 * count))
-    core, ids = endpoint.engine(endpoint.digests["acme"])
-    for seed in seeds:
-        sampling = Sampling(max_tokens=LONG, temperature=1.0, seed=seed)
-        core.add(GenerateRequest(ids, endpoint.digests["acme"], sampling, id=str(seed)))
-    events = {delivery.request_id: delivery.event for delivery in answers(core) if delivery.last}
-    found = [seed for seed in seeds if events[str(seed)].finish is FinishReason.LENGTH]
-    assert len(found) >= count
-    return found[:count]
-
-
-def _gauge(text: str, name: str, label: str = "") -> float:
-    """The sum of all samples that have this label."""
-    lines = [line for line in text.splitlines() if line.startswith((f"{name}{{", f"{name} ")) and label in line]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+    assert endpoint.gauge("adaptory_engine_completion_tokens") == counted
+    assert endpoint.gauge("adaptory_in_flight") == 0.0
 
 
 def test_an_adapter_that_was_tampered_with_is_refused_and_the_fallback_answers_if_the_route_says_so(endpoint: Endpoint):
     store = Store(str(endpoint.home / "store"))
     files = endpoint.home / "tampered"
-    digest = publish(store, files, endpoint.base, _digest_of(endpoint), seed=77)
+    digest = publish(store, files, endpoint.base, seed=77)
     weights = endpoint.home / "store" / adapter_path(digest) / "adapter_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-3] ^= 1
     weights.write_bytes(data)
-    with endpoint.db.write() as session:
-        row = session.get(AdapterRow, ("acme", endpoint.digests["acme"]))
-        copied = {c.name: getattr(row, c.name) for c in AdapterRow.__table__.columns}
-        session.add(AdapterRow(**copied | {"digest": digest, "name": "bad"}))
-    name = QualifiedName("acme", "bad")
-    only = {"adapters": [{"adapter": f"acme/bad@{digest}"}]}
-    save_route(endpoint.db, name, parse_config(name, only), actor="test", expected=0)
+    endpoint.register("acme", "bad", digest)
+    only = [{"adapter": f"acme/bad@{digest}"}]
+    endpoint.route("acme", 0, "bad", adapters=only)
     until(lambda: endpoint.ask("acme", model="acme/bad").status_code == 424)
-    save_route(endpoint.db, name, parse_config(name, only | {"fallback": ["base"]}), actor="test", expected=1)
+    endpoint.route("acme", 1, "bad", adapters=only, fallback=["base"])
     until(lambda: endpoint.ask("acme", model="acme/bad").status_code == 200)
     response = endpoint.ask("acme", model="acme/bad")
     assert response.headers["x-adaptory-adapter"] == "none"
     assert response.headers["x-adaptory-fallback"] == "true"
-
-
-def _digest_of(endpoint: Endpoint) -> str:
-    return endpoint.ask("acme").headers["x-adaptory-base"]
 
 
 def test_usage_reaches_the_database(endpoint: Endpoint):

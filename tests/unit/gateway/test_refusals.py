@@ -257,7 +257,8 @@ def test_behind_a_proxy_the_id_is_the_proxys(world):
 @pytest.mark.parametrize(
     ("failure", "status", "code"),
     [
-        (errors.AdapterError("bad", check="finite"), 424, "invalid_adapter"),
+        (errors.AdapterError("bad", check="finite"), 424, "invalid_adapter.finite"),
+        (errors.AdapterError("bad"), 424, "invalid_adapter"),
         (errors.AdapterUnavailable("not now"), 503, "adapter_unavailable"),
         (errors.StoreError("gone"), 503, "store_unavailable"),
         (errors.EngineOverloaded("full"), 429, "engine_overloaded"),
