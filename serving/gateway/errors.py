@@ -54,7 +54,18 @@ def body_of(error: Exception) -> dict[str, Any]:
     if isinstance(error, errors.RateLimited):
         type = error.context.get("kind", type)
     param = "model" if isinstance(error, errors.ModelNotFound) else error.context.get("field")
-    return _body(str(error), type, param, code)
+    return _body(said(error), type, param, code)
+
+
+def said(error: AdaptoryError) -> str:
+    """What a client is told. Where files and rows lie, and how to reach them, is the operator's affair; the log has it."""
+    return next((text for kind, text in _INSTEAD if isinstance(error, kind)), str(error))
+
+
+_INSTEAD: tuple[tuple[type[AdaptoryError], str], ...] = (
+    (errors.StoreError, "The model's files cannot be read now. Ask again."),
+    (errors.DatabaseError, "The request cannot be looked up now. Ask again."),
+)
 
 
 def headers_of(error: Exception) -> dict[str, str]:

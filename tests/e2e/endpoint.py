@@ -110,7 +110,7 @@ class Endpoint:
             f"{self.url}/chat/completions",
             json=body | fields,
             headers=headers,
-            timeout=60,
+            timeout=120,
             stream=bool(fields.get("stream")),
         )
 

@@ -301,7 +301,10 @@ BAD = {
 def test_an_adapter_that_is_no_good_is_refused_by_name(
     endpoint: Endpoint, check: str, spoil: Any, facts: dict[str, Any]
 ):
-    files, base = endpoint.home / f"bad-{spoil.__name__}-{check}", facts.get("base_digest", endpoint.base.digest)
+    files, base = (
+        endpoint.home / f"bad-{check}-{spoil.__name__.replace('_', '-')}",
+        facts.get("base_digest", endpoint.base.digest),
+    )
     write_random(files, endpoint.base, seed=zlib.crc32(files.name.encode()), rank=facts.get("rank", 4))
     digest = adapter_digest(files, base)
     Store(endpoint.settings.store).publish(adapter_path(digest), files, {"kind": "lora", "base_digest": base})
@@ -348,7 +351,7 @@ def test_clients_that_read_nothing_stall_nobody_and_cost_little(endpoint: Endpoi
     with Load(endpoint, answers, TOKENS, CLIENTS) as load:
         load.goes_on()
         memory = sum(one.memory_info().rss for one in serving)
-        stalled = [stalls(endpoint, seed) for seed in list(answers["acme"]) * 10]
+        stalled = [stalls(endpoint, seed) for seed in list(answers["acme"]) * 4]
         load.goes_on(2 * CLIENTS)
         grown = sum(one.memory_info().rss for one in serving) - memory
     assert load.wrong() == load.failed() == []
