@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import logging
 import sys
 import time
@@ -219,7 +220,7 @@ def application(plan: Plan, settings: Settings) -> Any:
         ray_actor_options=actor_options(plan, 0, _inherited()),
         **gateway_scaling(plan.gateways),
     )
-    return gateway(GatewayReplica).bind(bases, engines)
+    return _versioned(gateway(GatewayReplica), bases).bind(bases, engines)
 
 
 def _known(model: ServedModel, plan: Plan, settings: Settings) -> _Base:
@@ -260,7 +261,15 @@ def _engine(base: _Base, model: ServedModel, plan: Plan, settings: Settings) -> 
         ray_actor_options=actor_options(plan, gpus, _inherited(), model.engine),
         **engine_scaling(plan, model.replicas, gpus),
     )
-    return engine(ServedEngine).bind(options)
+    return _versioned(engine(ServedEngine), options).bind(options)
+
+
+def _versioned(deployment: Any, arguments: Any) -> Any:
+    """With a version that is another one only when the code or what a replica is made of has changed. Serve would draw one
+    by lot, and so replace every replica of everything at each deploy; its public way to name one is gone since 2.60."""
+    code = ray.get_runtime_context().runtime_env.get("working_dir")
+    version = hashlib.sha256(f"{code} {arguments!r}".encode()).hexdigest()[:16]
+    return deployment.options(version=version, _internal=True)
 
 
 def _inherited() -> dict[str, str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from grpc.aio import AioRpcError
 from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
-from orchestrator.errors import AdaptoryError, EngineOverloaded, ReplicaUnavailable
+from orchestrator.errors import AdaptoryError, EngineOverloaded, EngineStopped, ReplicaUnavailable
 from serving.engine.protocol import GenerateRequest, TokenEvent
 from serving.gateway.ports import Running
 from serving.mail import Postbox
@@ -41,7 +42,8 @@ class HandleEngine:
 
     async def begin(self, request: GenerateRequest, *, stream: bool) -> Running:
         for tries_left in reversed(range(_TRIES)):
-            items = self._ask(request, stream)
+            # a replica that was out of reach only may be asked again while it still answers: each try has its own id
+            items = self._ask(replace(request, id=f"{request.id}-{tries_left}"), stream)
             try:
                 async with asyncio.timeout(self._patience):
                     first = await anext(items)
@@ -60,6 +62,9 @@ class HandleEngine:
             except BaseException:  # the client went away
                 items.cancel()
                 raise
+            if isinstance(first, EngineStopped) and tries_left:
+                log.warning("%s: a replica has stopped: %s", request.id, first)
+                continue
             if isinstance(first, AdaptoryError):
                 raise first
             assert isinstance(first, Begun)

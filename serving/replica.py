@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,14 +77,17 @@ class EngineOptions:
 
 class EngineReplica:
     """
+    Args:
+        died: told when the engine has ended by itself, and nothing will be answered any more.
+
     Raises:
         ModelError: the base is not there, is another one than its digest says, or cannot be served by this engine.
     """
 
-    def __init__(self, options: EngineOptions, name: str):
+    def __init__(self, options: EngineOptions, name: str, died: Callable[[], None] | None = None):
         self.name, self._options = name, options
         base, choice = _base(options), options.engine
-        built = _vllm(options, base, choice) if isinstance(choice, VllmChoice) else _own(options, base)
+        built = _vllm(options, base, choice) if isinstance(choice, VllmChoice) else _own(options, base, died)
         self.engine = built.engine
         requirements = Requirements(
             options.digest, built.places, built.dtype, max_rank=built.max_rank, signature=options.trust.verify
@@ -180,7 +183,7 @@ def _base(options: EngineOptions) -> BaseModel:
     return base
 
 
-def _own(options: EngineOptions, base: BaseModel) -> _Built:
+def _own(options: EngineOptions, base: BaseModel, died: Callable[[], None] | None) -> _Built:
     # imported here: vLLM's environment has another transformers, and needs none of it
     from orchestrator.modeling.decoder import Decoder
     from orchestrator.modeling.loading import DTYPES, load_model
@@ -204,7 +207,7 @@ def _own(options: EngineOptions, base: BaseModel) -> _Built:
     network = ServedNetwork(model.eval())
     limits = engine_limits(options, network)
     log.info("%s is loaded: %d tokens of key-value cache", options.reference, limits.cache_tokens)
-    engine = LocalEngine(EngineCore(network, tokenizer, end_tokens(tokenizer), limits), options.threads)
+    engine = LocalEngine(EngineCore(network, tokenizer, end_tokens(tokenizer), limits), options.threads, died)
     return _Built(engine, network.places, network.dtype, options.max_rank, pinned=device == "cuda")
 
 

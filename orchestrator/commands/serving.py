@@ -93,11 +93,21 @@ def start(
         "idle_seconds": idle_seconds,
         "trusted_keys": _trusted(keys),
     }
-    command = shlex.join(["python", "-m", "serving", "--plan", json.dumps(plan)])
-    if now is not None and now.running and client.newest(_JOB) == command:
+    if now is not None and now.running and client.newest(_JOB) == _command(plan):
         return now
     say(f"Starting to serve {', '.join(references)} (a minute or so; `adaptory down` stops it)…")
-    _run(client, settings, store, _JOB, command, failing="Serving cannot start")
+    return deploy(client, settings, store, plan)
+
+
+def deploy(client: RayJobClient, settings: Settings, store: Store, plan: dict[str, Any]) -> Application:
+    """Have a `serving.plan.Plan` on the cluster; returns when it answers.
+
+    Raises:
+        ClusterError: it cannot be deployed; the message says why.
+    """
+    from cluster import serving
+
+    _run(client, settings, store, _JOB, _command(plan), failing="Serving cannot start")
     started = serving.find(client.dashboard, APPLICATION)
     if started is None or not started.running:
         raise ClusterError(f"Serving was deployed and does not run: {started.message if started else 'it is gone'}.")
@@ -181,6 +191,10 @@ def _engine(name: EngineName, settings: Settings) -> dict[str, dict[str, str]]:
     from cluster.other_python import vllm_python
 
     return {"engine": {"type": name, "python": vllm_python(settings)}}
+
+
+def _command(plan: dict[str, Any]) -> str:
+    return shlex.join(["python", "-m", "serving", "--plan", json.dumps(plan)])
 
 
 def _model(reference: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.errors import AdapterError
+from orchestrator.errors import AdapterError, StoreError
 from orchestrator.modeling.adapter_check import content_problems, refuse
 from orchestrator.modeling.adapter_files import (
     CONFIG_FILE,
@@ -100,6 +100,10 @@ def published(store: Store, digest: str, requirements: Requirements) -> Manifest
     if store.local:
         _check_link(Path(store.full(path)), Path(store.root), digest)
     manifest = store.manifest(path)
+    if manifest is None and store.local and not Path(store.root).is_dir():
+        raise StoreError(
+            f"The store {store.url} is not there.", hint="Mount it again, or restore it.", url=store.url, path=path
+        )
     if manifest is None:
         raise refused("published", digest, "is not in the store", "`adaptory adapters list` shows all.")
     for name in manifest.files:

@@ -38,10 +38,12 @@ class LocalEngine:
     Args:
         core: from now on only this engine's thread touches it.
         threads: for torch to compute with; None: as many as the process has cores.
+        died: called when its thread ends though nobody closed it, when everybody who waited has been told.
     """
 
-    def __init__(self, core: EngineCore, threads: int | None = None):
-        self._core, self._threads = core, threads or len(os.sched_getaffinity(0))
+    def __init__(self, core: EngineCore, threads: int | None = None, died: Callable[[], None] | None = None):
+        self._core, self._died = core, died
+        self._threads = threads or len(os.sched_getaffinity(0))
         self._asked: list[Callable[[], None]] = []
         self._wake = threading.Condition()
         self._closing = False
@@ -119,14 +121,16 @@ class LocalEngine:
                 for do in self._next():
                     do()
                 self._tell(self._core.step())
-        except Exception:  # not of a request, nor of a step: a defect
+        except BaseException:  # not of a request, nor of a step: a defect; whatever it is, none may wait for ever
             log.exception("the engine's thread ends")
         with self._wake:
-            self._closing = True
+            closed, self._closing = self._closing, True
             left, self._asked = self._asked, []
         self._tell(self._core.fail(lambda request: _stopped(request=request)))
         for do in left:  # each finds the engine closing and says so
             do()
+        if self._died is not None and not closed:
+            self._died()
 
     def _next(self) -> list[Callable[[], None]]:
         """What was asked for; waits while there is nothing to do at all."""

@@ -19,7 +19,7 @@ from orchestrator.routing.table import Choice, Target
 from orchestrator.tenants.keys import Principal
 from orchestrator.tenants.tenant import Tenant
 from serving.engine.protocol import GenerateRequest, TokenEvent
-from serving.gateway.errors import body_of, limited, status_of
+from serving.gateway.errors import body_of, limited, said, status_of
 from serving.gateway.gateway import Gateway
 from serving.gateway.ports import Running
 from serving.gateway.requests import ChatRequest, CompletionRequest
@@ -175,7 +175,7 @@ class Answering:
         if len(failures) == 1:
             raise failures[0]
         raise ModelUnavailable(
-            f"Nothing of {account.model} can answer now: {' '.join(error.message for error in failures)}",
+            f"Nothing of {account.model} can answer now: {' '.join(map(said, failures))}",
             hint="Ask again.",
             model=account.model,
             reasons=[error.code for error in failures],

@@ -53,10 +53,23 @@ def body_of(error: Exception) -> dict[str, Any]:
     if not isinstance(error, AdaptoryError):
         return _body("The server failed while it answered. Ask again.", SERVER, None, "internal_error")
     code = error.context.get("reason") or error.code
+    if code == errors.AdapterError.code and "check" in error.context:
+        code = f"{code}.{error.context['check']}"  # what it failed, which its owner can mend
     if isinstance(error, errors.RateLimited):
         type = error.context.get("kind", type)
     param = "model" if isinstance(error, errors.ModelNotFound) else error.context.get("field")
-    return _body(str(error), type, param, code)
+    return _body(said(error), type, param, code)
+
+
+def said(error: AdaptoryError) -> str:
+    """What a client is told. Where files and rows lie, and how to reach them, is the operator's affair; the log has it."""
+    return next((text for kind, text in _INSTEAD if isinstance(error, kind)), str(error))
+
+
+_INSTEAD: tuple[tuple[type[AdaptoryError], str], ...] = (
+    (errors.StoreError, "The model's files cannot be read now. Ask again."),
+    (errors.DatabaseError, "The request cannot be looked up now. Ask again."),
+)
 
 
 def headers_of(error: Exception) -> dict[str, str]:
