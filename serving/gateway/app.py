@@ -23,6 +23,7 @@ from serving.gateway.answering import Account, Answering
 from serving.gateway.body import ClientDisconnect, read_json
 from serving.gateway.errors import body_of, plain_body
 from serving.gateway.gateway import Gateway
+from serving.gateway.openapi import document
 from serving.gateway.requests import ChatRequest, CompletionRequest, parse
 from serving.gateway.writing import AnswerResponse, error_response, json_bytes
 
@@ -32,7 +33,7 @@ log = logging.getLogger("serving.requests")
 def create_app(gateway: Gateway) -> FastAPI:
     """OpenAI's API over what `gateway` holds."""
     app = FastAPI(title="Adaptory", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    answering = Answering(gateway)
+    answering, described = Answering(gateway), document()
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -44,8 +45,8 @@ def create_app(gateway: Gateway) -> FastAPI:
 
     async def ask(request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
         account = Account(request.state.request_id, await _principal(request, gateway))
-        body = parse(kind, await read_json(request, gateway.bounds))
-        return AnswerResponse(answering, body, account)
+        body = parse(kind, await read_json(request, gateway.bounds, gateway.arriving))
+        return AnswerResponse(answering, body, account, gateway.bounds.send_seconds)
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
@@ -72,6 +73,10 @@ def create_app(gateway: Gateway) -> FastAPI:
         told = {"in_flight": gateway.metrics.running, "ready": gateway.ready(), "models": gateway.deployments}
         return _json(told | {"engines": gateway.replicas()})
 
+    @app.get("/openapi.json")
+    async def openapi() -> Response:
+        return _json(described)
+
     @app.get("/health")
     async def health() -> Response:
         ready = gateway.ready()
@@ -82,6 +87,8 @@ def create_app(gateway: Gateway) -> FastAPI:
         response, code = error_response(error), body_of(error)["error"]["code"]
         gateway.metrics.refused.labels(str(response.status_code), code).inc()
         facts = {"request": request.state.request_id, "status": response.status_code, "error": code}
+        if isinstance(error, ApiKeyRefused):  # whose key it was, if it was one: the client is not told
+            facts |= {name: error.context[name] for name in ("key", "state") if name in error.context}
         log.info(json.dumps(facts))
         return response
 

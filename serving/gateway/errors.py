@@ -36,6 +36,9 @@ _STATUS: tuple[tuple[type[AdaptoryError], int, str], ...] = (
 )
 """The first that fits; whatever else goes wrong is ours: 500."""
 
+STATUSES = frozenset(status for _, status, _ in _STATUS)
+"""Of errors that are foreseen."""
+
 OVERLOADED_RETRY = 1.0
 """Seconds after which to ask again when too many wait."""
 

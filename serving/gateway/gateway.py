@@ -14,13 +14,24 @@ from serving.gateway.ports import BaseEngine, UsageSink
 from serving.gateway.prompts import Prompts
 
 
+@dataclass
+class Arriving:
+    """Bodies that are being read."""
+
+    bytes: int = 0
+
+
 @dataclass(frozen=True)
 class Bounds:
     """What one request may take, whoever asks."""
 
     body_bytes: int = 4 << 20
+    bodies_bytes: int = 256 << 20
+    """Of all that are being read: thousands of slow ones would otherwise fill the memory."""
     body_seconds: float = 20.0
     """For the body to arrive in."""
+    send_seconds: float = 60.0
+    """For a piece of the answer to be taken in; who reads nothing for so long is gone."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,7 @@ class Gateway:
     metrics_key: str | None = None
     """Who shows it may read the metrics of all tenants; None: nobody."""
     bounds: Bounds = Bounds()
+    arriving: Arriving = field(default_factory=Arriving)
     metrics: Metrics = field(default_factory=Metrics)
     replicas: Callable[[], Replicas] = dict
     """What the engines' replicas told last, for the metrics."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from orchestrator.errors import InvalidRequest
 from orchestrator.routing.config import Defaults
@@ -43,10 +43,31 @@ LATER: dict[str, tuple[Any, ...]] = {
 
 
 T = TypeVar("T", bound="_Request")
+Item = TypeVar("Item")
+
+_MOST_FIELDS = 100
+"""Of one object; there are not so many that are known."""
+_MOST_TOKENS = 1 << 18
+"""Of a prompt, before anybody looks how many the model takes."""
+_MOST_ITEMS = 10_000
+"""Messages of a conversation, parts of a message."""
+
+Tokens = Annotated[list[int], Field(fail_fast=True, max_length=_MOST_TOKENS)]
+Several = Annotated[list[Item], Field(fail_fast=True, max_length=_MOST_ITEMS)]
 
 
 class _Body(BaseModel):
+    """Whatever is wrong with a body is found without looking at all of it: four megabytes of wrong items would otherwise
+    become millions of complaints, which took ten seconds and two gigabytes."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > _MOST_FIELDS:
+            raise ValueError(f"there are {len(value)} fields")
+        return value
 
 
 class TextPart(_Body):
@@ -56,7 +77,7 @@ class TextPart(_Body):
 
 class ChatMessage(_Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] = Field(union_mode="left_to_right")
+    content: str | Several[TextPart] = Field(union_mode="left_to_right")
     name: str | None = None
     refusal: None = None
 
@@ -111,7 +132,7 @@ class _Request(_Body):
     ignore_eos: bool | None = None
     """Not OpenAI's, but every load generator's: go on past the end of the turn until `max_tokens`."""
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: str | Several[str] | None = None
     user: str | None = Field(default=None, max_length=1000)
     safety_identifier: str | None = Field(default=None, max_length=1000)
     metadata: Any = None
@@ -156,7 +177,7 @@ _SAMPLING = ("temperature", "top_p", "top_k", "seed", "stop")
 
 
 class ChatRequest(_Request):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Several[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     response_format: Format | None = None
 
@@ -180,7 +201,7 @@ class ChatRequest(_Request):
 
 
 class CompletionRequest(_Request):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Several[str] | Tokens | Several[Tokens]
 
     def one_prompt(self) -> str | list[int]:
         """
@@ -239,7 +260,7 @@ def _same(one: Any, other: Any) -> bool:
 def _explained(error: ValidationError) -> InvalidRequest:
     """OpenAI's errors name one field; of the complaints of a union's members, the one that came furthest in says most."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
-    first = max(found, key=lambda one: (one["type"] == "extra_forbidden", len(one["loc"])))
+    first = max(found, key=lambda one: (one["type"] in ("extra_forbidden", "too_long"), len(one["loc"])))
     where = _place(first["loc"])
     match first["type"]:
         case "extra_forbidden":

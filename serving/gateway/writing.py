@@ -7,7 +7,7 @@ import json
 from typing import Any, Literal
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from serving.engine.protocol import TokenEvent
 from serving.gateway.answering import Account, Answering
@@ -17,14 +17,18 @@ from serving.gateway.responses import Form, error_chunk
 
 
 class AnswerResponse(Response):
-    """Asks when it is sent. A client that goes away, before or during the answer, aborts it."""
+    """Asks when it is sent. A client that goes away, before or during the answer, aborts it.
 
-    def __init__(self, answering: Answering, body: ChatRequest | CompletionRequest, account: Account):
-        self._answering, self._body, self._account = answering, body, account
+    Args:
+        patience: seconds for which a client may read nothing.
+    """
+
+    def __init__(self, answering: Answering, body: ChatRequest | CompletionRequest, account: Account, patience: float):
+        self._answering, self._body, self._account, self._patience = answering, body, account, patience
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = asyncio.create_task(self._send(scope, receive, send))
+        answer = asyncio.create_task(self._send(scope, receive, _impatient(send, self._patience)))
         gone = asyncio.create_task(_gone(receive))
         try:
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -124,6 +128,19 @@ def json_bytes(value: Any, *, plain: bool = False) -> bytes:
         plain: escape everything but ASCII: an error may repeat text that is no valid UTF-8.
     """
     return json.dumps(value, ensure_ascii=plain, separators=(",", ":")).encode()
+
+
+def _impatient(send: Send, seconds: float) -> Send:
+    """Who reads nothing for so long is as good as gone: it would keep its places among its tenant's requests."""
+
+    async def bounded(message: Message) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await send(message)
+        except TimeoutError:
+            raise asyncio.CancelledError from None
+
+    return bounded
 
 
 async def _start(send: Send, headers: dict[str, str]) -> None:
