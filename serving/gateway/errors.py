@@ -56,8 +56,6 @@ def body_of(error: Exception) -> dict[str, Any]:
     if not isinstance(error, AdaptoryError):
         return _body("The server failed while it answered. Ask again.", SERVER, None, "internal_error")
     code = error.context.get("reason") or error.code
-    if code == errors.AdapterError.code and "check" in error.context:
-        code = f"{code}.{error.context['check']}"  # what it failed, which its owner can mend
     if isinstance(error, errors.RateLimited):
         type = error.context.get("kind", type)
     param = "model" if isinstance(error, errors.ModelNotFound) else error.context.get("field")

@@ -1,19 +1,16 @@
-"""What the tests of serving share: a home with two tenants, an adapter each, and their endpoint on a real Ray Serve."""
+"""What the tests of serving share: an endpoint on a real Ray Serve, its adapters, and what they say."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +19,18 @@ import torch
 
 from cluster import connect_if_running
 from orchestrator.commands import serving as commands
-from orchestrator.db import Database, open_database
-from orchestrator.db.models import AdapterRow
-from orchestrator.limits.quota import Quota
-from orchestrator.modeling.adapter_files import AdapterConfig, adapter_digest, write_adapter
-from orchestrator.modeling.base_model import BaseModel, materialize
+from orchestrator.db import Database
+from orchestrator.modeling.adapter_files import AdapterConfig, write_adapter
 from orchestrator.modeling.loading import load_model
 from orchestrator.modeling.prompts import end_tokens, load_tokenizer, prompt_ids, render
 from orchestrator.names import QualifiedName
+from orchestrator.registry.importing import import_adapter
 from orchestrator.registry.signing import Keys
+from orchestrator.registry.versions import AdapterVersion, parse_reference
 from orchestrator.routing.config import parse_config
 from orchestrator.routing.repository import save_route
 from orchestrator.settings import Settings
 from orchestrator.store import Store, adapter_path
-from orchestrator.tenants.keys import create_key
-from orchestrator.tenants.tenant import add_tenant
 from serving.engine.core import EngineCore, answers
 from serving.engine.network import ServedNetwork
 from serving.engine.protocol import FinishReason, GenerateRequest, Sampling
@@ -51,19 +45,25 @@ ASKED = "Who signed agreement 7 in London?"
 @dataclass
 class Endpoint:
     home: Path
-    base: BaseModel
+    settings: Settings
+    base: Path
     db: Database
     digests: dict[str, str]
-    """Of each tenant's adapter, which its route `intents` leads to."""
     directories: dict[str, Path]
-    """Of each adapter's files, by digest."""
     keys: dict[str, str]
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any]
     """What `adaptory up` printed."""
 
     @property
     def url(self) -> str:
         return self.facts["serving"]["url"]
+
+    @property
+    def base_name(self) -> str:
+        return self.base.name
+
+    def types(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return types(self.home, *words, **environment)
 
     @functools.cached_property
     def port(self) -> int:
@@ -71,39 +71,14 @@ class Endpoint:
             listener.bind(("127.0.0.1", 0))
             return listener.getsockname()[1]
 
-    @property
-    def base_name(self) -> str:
-        return self.base.path.name
-
-    @property
-    def settings(self) -> Settings:
-        return Settings(home=self.home, ray_address=None, store_url=None)
-
-    def types(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        outer = {name: value for name, value in os.environ.items() if not name.startswith(("ADAPTORY_", "RAY_"))}
-        ours = {"ADAPTORY_HOME": str(self.home), "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "orchestrator.cli", *words]
-        return subprocess.run(command, env=outer | ours | environment, capture_output=True, text=True, timeout=PATIENCE)
-
-    def up(self, *words: str) -> None:
-        done = self.types("up", *words, "--json")
-        assert done.returncode == 0, done.stdout + done.stderr
-        self.facts |= json.loads(done.stdout)
-
     def deploy(self, *models: dict[str, Any], **plan: Any) -> None:
-        """What `up` does once Ray runs, with a whole `serving.app.Plan`."""
+        """What `up` does once Ray runs, with a whole `serving.plan.Plan`."""
         client = connect_if_running(self.settings)
         assert client is not None
         commands.metrics_key(self.settings)
-        keys = [Keys.of(self.settings).public().decode()]
-        whole = {
-            "port": self.port,
-            "trusted_keys": keys,
-            "dtype": "float32",
-            "threads": 1,
-            "models": list(models),
-        } | plan
-        application = commands.deploy(client, self.settings, Store(self.settings.store), whole)
+        trusted = [key.decode() for key in Keys.of(self.settings).trust().keys]
+        whole = {"port": self.port, "dtype": "float32", "threads": 1, "models": list(models), "trusted_keys": trusted}
+        application = commands.deploy(client, self.settings, Store(self.settings.store), whole | plan)
         self.facts["serving"] = {"url": application.url}
 
     def ask(self, tenant: str, model: str | None = None, **fields: Any) -> requests.Response:
@@ -122,25 +97,20 @@ class Endpoint:
             stream=bool(fields.get("stream")),
         )
 
-    def route(self, tenant: str, revision: int, name: str = "intents", **config: Any) -> None:
-        public = QualifiedName(tenant, name)
-        save_route(self.db, public, parse_config(public, config), actor="test", expected=revision)
+    def route(self, model: str, revision: int, **config: Any) -> None:
+        name = QualifiedName.parse(model)
+        save_route(self.db, name, parse_config(name, config), actor="test", expected=revision)
 
-    def register(self, tenant: str, name: str, digest: str) -> None:
-        with self.db.write() as session:
-            session.add(
-                AdapterRow(
-                    tenant=tenant,
-                    digest=digest,
-                    name=name,
-                    run_id="none",
-                    base_digest=self.base.digest,
-                    rank=4,
-                    created_at=time.time(),
-                    metrics={},
-                    provenance={"base_model": {"reference": self.base.reference, "digest": self.base.digest}},
-                )
-            )
+    def publish(self, reference: str, seed: int) -> AdapterVersion:
+        """Another adapter as the next version of that name: what `adaptory adapters import` does, without its start."""
+        files = train(self.home / f"trained-{seed}", self.base, seed)
+        version = publish(self.settings, self.db, files, reference)
+        self.directories[version.digest] = files
+        return version
+
+    def shelf(self, digest: str) -> Path:
+        """Where it lies in the store."""
+        return self.home / "store" / adapter_path(digest)
 
     def metrics(self) -> str:
         key = (self.home / "keys" / "metrics_key").read_text().strip()
@@ -148,24 +118,22 @@ class Endpoint:
         return requests.get(url, headers={"Authorization": f"Bearer {key}"}, timeout=30).text
 
     def gauge(self, name: str, label: str = "") -> float:
-        """The sum of all samples of a metric that have this label."""
-        lines = [line for line in self.metrics().splitlines() if line.startswith((f"{name}{{", f"{name} "))]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if label in line)
+        return gauge(self.metrics(), name, label)
 
     def engine(self, adapter: str | None) -> tuple[EngineCore, tuple[int, ...]]:
         """The same engine in this process, with that adapter in it, and the tokens of the question."""
-        tokenizer = load_tokenizer(self.base.path)
-        network = ServedNetwork(load_model(self.base.path, dtype=torch.float32).eval())
+        tokenizer = load_tokenizer(self.base)
+        network = ServedNetwork(load_model(self.base, dtype=torch.float32).eval())
         core = EngineCore(network, tokenizer, end_tokens(tokenizer), Limits(cache_tokens=20_000, max_length=512))
         if adapter is not None:
             core.load(adapter, self.directories[adapter])
         text = render(tokenizer, [{"role": "user", "content": ASKED}])
         return core, tuple(prompt_ids(tokenizer, text))
 
-    def alone(self, adapter: str | None, **sampling: Any) -> str:
+    def alone(self, adapter: str | None) -> str:
         """What it says to the question when nobody else asks."""
         core, ids = self.engine(adapter)
-        core.add(GenerateRequest(ids, adapter, Sampling(**{"max_tokens": 24} | sampling)))
+        core.add(GenerateRequest(ids, adapter, Sampling(max_tokens=24)))
         return "".join(delivery.event.text for delivery in answers(core) if delivery.event)
 
     def long_answers(self, tenant: str, tokens: int, count: int) -> dict[int, str]:
@@ -186,55 +154,40 @@ class Endpoint:
         return {seed: texts[seed] for seed in sorted(long)[:count]}
 
 
-@contextlib.contextmanager
-def prepared(directory: Path) -> Iterator[Endpoint]:
-    """A fresh home where nothing runs yet; ended with all that was started in it.
-
-    Args:
-        directory: of the base model.
-    """
-    home = Path(tempfile.mkdtemp(prefix="as", dir="/tmp"))
-    settings = Settings(home=home, ray_address=None, store_url=None)
-    db = open_database(settings.database)
-    made = Endpoint(home, materialize(str(directory), cache=settings.cache), db, {}, {}, {})
-    try:
-        for number, tenant in enumerate(TENANTS):
-            add_tenant(db, tenant, Quota(), actor="test")
-            made.keys[tenant] = create_key(db, tenant, "test", actor="test").secret
-            files = home / f"trained-{tenant}"
-            digest = publish(Store(settings.store), files, made.base, seed=number + 1)
-            made.digests[tenant], made.directories[digest] = digest, files
-            made.register(tenant, "intents", digest)
-            made.route(tenant, 0, adapters=[{"adapter": f"{tenant}/intents@{digest}"}])
-        yield made
-    finally:
-        db.close()
-        made.types("down", "--force")
-        shutil.rmtree(home)
+def types(home: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    outer = {name: value for name, value in os.environ.items() if not name.startswith(("ADAPTORY_", "RAY_"))}
+    ours = {"ADAPTORY_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "orchestrator.cli", *words]
+    return subprocess.run(command, env=outer | ours | environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
-def publish(store: Store, directory: Path, base: BaseModel, seed: int) -> str:
-    """An adapter of rank 4 that says something else than its base."""
-    write_random(directory, base, seed)
-    digest = adapter_digest(directory, base.digest)
-    put(store, directory, digest, base.digest)
-    return digest
-
-
-def put(store: Store, directory: Path, digest: str, base_digest: str) -> None:
-    """Signed by the home that the store is in, as `adaptory adapters import` would."""
-    Keys.of(Settings(home=Path(store.url).parent, ray_address=None, store_url=None)).sign(directory)
-    store.publish(adapter_path(digest), directory, {"kind": "lora", "rank": 4, "base_digest": base_digest})
-
-
-def write_random(directory: Path, base: BaseModel, seed: int, rank: int = 4) -> None:
-    network = ServedNetwork(load_model(base.path, dtype=torch.float32).eval())
+def train(directory: Path, base: Path, seed: int, rank: int = 4) -> Path:
+    """An adapter that says something else than its base."""
+    network = ServedNetwork(load_model(base, dtype=torch.float32).eval())
     generator, tensors = torch.Generator().manual_seed(seed), {}
     for module, place in sorted(network.places.items()):
         if module.endswith(("q_proj", "down_proj")):
             tensors[f"{module}.lora_A.weight"] = torch.randn(rank, place.in_features, generator=generator)
             tensors[f"{module}.lora_B.weight"] = torch.randn(place.out_features, rank, generator=generator)
-    write_adapter(directory, AdapterConfig(rank, 2.0 * rank, ("q_proj", "down_proj")), tensors)
+    write_adapter(directory, AdapterConfig(rank, 2.0 * rank, ("q_proj", "down_proj"), base_model=str(base)), tensors)
+    return directory
+
+
+def publish(settings: Settings, db: Database, files: Path, reference: str, keys: Keys | None = None) -> AdapterVersion:
+    """
+    Args:
+        keys: who signs it; None: this home.
+    """
+    return import_adapter(
+        db,
+        Store(settings.store),
+        files,
+        parse_reference(reference, "nobody"),
+        keys=keys or Keys.of(settings),
+        actor="test",
+        cache=settings.cache,
+        max_rank=256,
+    )
 
 
 def streamed(response: requests.Response) -> str:
@@ -251,3 +204,9 @@ def until(holds: Callable[[], bool], seconds: float = 20.0) -> float:
         assert time.monotonic() - start < seconds, "it did not come to that"
         time.sleep(0.05)
     return time.monotonic() - start
+
+
+def gauge(text: str, name: str, label: str = "") -> float:
+    """The sum of all samples that have this label."""
+    lines = [line for line in text.splitlines() if line.startswith((f"{name}{{", f"{name} ")) and label in line]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)

@@ -9,138 +9,39 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import requests
-import torch
 
-from orchestrator.db import Database, open_database
+from orchestrator.db import open_database
 from orchestrator.db.audit import entries
 from orchestrator.limits.quota import Quota
-from orchestrator.modeling.adapter_files import AdapterConfig, write_adapter
 from orchestrator.modeling.base_model import materialize
-from orchestrator.modeling.loading import load_model
-from orchestrator.modeling.prompts import end_tokens, load_tokenizer, prompt_ids, render
 from orchestrator.names import QualifiedName
-from orchestrator.registry.importing import import_adapter
 from orchestrator.registry.signing import SIGNATURE_FILE, Keys
-from orchestrator.registry.versions import AdapterVersion, move_alias, parse_reference
-from orchestrator.routing.config import parse_config
-from orchestrator.routing.repository import delete_route, save_route
+from orchestrator.registry.versions import AdapterVersion, move_alias
+from orchestrator.routing.repository import delete_route
 from orchestrator.runs.repository import list_events
 from orchestrator.settings import Settings
-from orchestrator.store import MANIFEST, Store, adapter_path, sha256_file
+from orchestrator.store import MANIFEST, sha256_file
 from orchestrator.tenants.keys import create_key
 from orchestrator.tenants.tenant import add_tenant, disable_tenant, enable_tenant
 from serving.adapter_router import RESIDENCY_SECONDS
-from serving.engine.core import EngineCore, answers
-from serving.engine.network import ServedNetwork
-from serving.engine.protocol import FinishReason, GenerateRequest, Sampling
-from serving.engine.scheduler import Limits
+from tests.e2e.endpoint import ASKED, PATIENCE, TENANTS, Endpoint, gauge, publish, streamed, train, types, until
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 400.0
-TENANTS = ("acme", "globex")
-ASKED = "Who signed agreement 7 in London?"
 STEPS = 150
 LONG = 400
 """Tokens of an answer that takes the tiny model about a second."""
-
-
-@dataclass
-class Endpoint:
-    home: Path
-    settings: Settings
-    base: Path
-    db: Database
-    digests: dict[str, str]
-    directories: dict[str, Path]
-    keys: dict[str, str]
-    facts: dict[str, Any]
-    """What `adaptory up` printed."""
-
-    @property
-    def url(self) -> str:
-        return self.facts["serving"]["url"]
-
-    @property
-    def base_name(self) -> str:
-        return self.base.name
-
-    def types(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return types(self.home, *words, **environment)
-
-    def ask(self, tenant: str, model: str | None = None, **fields: Any) -> requests.Response:
-        body = {
-            "model": model or f"{tenant}/intents",
-            "messages": [{"role": "user", "content": ASKED}],
-            "temperature": 0,
-            "max_tokens": 24,
-        }
-        headers = {"Authorization": f"Bearer {self.keys[tenant]}"}
-        return requests.post(
-            f"{self.url}/chat/completions",
-            json=body | fields,
-            headers=headers,
-            timeout=60,
-            stream=bool(fields.get("stream")),
-        )
-
-    def route(self, model: str, revision: int, **config: Any) -> None:
-        name = QualifiedName.parse(model)
-        save_route(self.db, name, parse_config(name, config), actor="test", expected=revision)
-
-    def publish(self, reference: str, seed: int) -> AdapterVersion:
-        """Another adapter as the next version of that name: what `adaptory adapters import` does, without its start."""
-        files = train(self.home / f"trained-{seed}", self.base, seed)
-        version = publish(self.settings, self.db, files, reference)
-        self.directories[version.digest] = files
-        return version
-
-    def shelf(self, digest: str) -> Path:
-        """Where it lies in the store."""
-        return self.home / "store" / adapter_path(digest)
-
-    def metrics(self) -> str:
-        key = (self.home / "keys" / "metrics_key").read_text().strip()
-        url = self.url.removesuffix("/v1") + "/metrics"
-        return requests.get(url, headers={"Authorization": f"Bearer {key}"}, timeout=30).text
-
-    def engine(self, adapter: str | None) -> tuple[EngineCore, tuple[int, ...]]:
-        """The same engine in this process, with that adapter in it, and the tokens of the question."""
-        tokenizer = load_tokenizer(self.base)
-        network = ServedNetwork(load_model(self.base, dtype=torch.float32).eval())
-        core = EngineCore(network, tokenizer, end_tokens(tokenizer), Limits(cache_tokens=20_000, max_length=512))
-        if adapter is not None:
-            core.load(adapter, self.directories[adapter])
-        text = render(tokenizer, [{"role": "user", "content": ASKED}])
-        return core, tuple(prompt_ids(tokenizer, text))
-
-    def alone(self, adapter: str | None) -> str:
-        """What it says to the question when nobody else asks."""
-        core, ids = self.engine(adapter)
-        core.add(GenerateRequest(ids, adapter, Sampling(max_tokens=24)))
-        return "".join(delivery.event.text for delivery in answers(core) if delivery.event)
-
-
-def types(home: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    outer = {name: value for name, value in os.environ.items() if not name.startswith(("ADAPTORY_", "RAY_"))}
-    ours = {"ADAPTORY_HOME": str(home), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "orchestrator.cli", *words]
-    return subprocess.run(command, env=outer | ours | environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -178,51 +79,6 @@ def endpoint(tiny_model: Callable[[str], Path]) -> Iterator[Endpoint]:
         db.close()
         types(home, "down", "--force")
         shutil.rmtree(home)
-
-
-def train(directory: Path, base: Path, seed: int) -> Path:
-    """An adapter of rank 4 that says something else than its base."""
-    network = ServedNetwork(load_model(base, dtype=torch.float32).eval())
-    generator, tensors = torch.Generator().manual_seed(seed), {}
-    for module, place in sorted(network.places.items()):
-        if module.endswith(("q_proj", "down_proj")):
-            tensors[f"{module}.lora_A.weight"] = torch.randn(4, place.in_features, generator=generator)
-            tensors[f"{module}.lora_B.weight"] = torch.randn(place.out_features, 4, generator=generator)
-    write_adapter(directory, AdapterConfig(4, 8.0, ("q_proj", "down_proj"), base_model=str(base)), tensors)
-    return directory
-
-
-def publish(settings: Settings, db: Database, files: Path, reference: str, keys: Keys | None = None) -> AdapterVersion:
-    """
-    Args:
-        keys: who signs it; None: this home.
-    """
-    return import_adapter(
-        db,
-        Store(settings.store),
-        files,
-        parse_reference(reference, "nobody"),
-        keys=keys or Keys.of(settings),
-        actor="test",
-        cache=settings.cache,
-        max_rank=64,
-    )
-
-
-def streamed(response: requests.Response) -> str:
-    lines = [line.decode().removeprefix("data: ") for line in response.iter_lines() if line]
-    assert lines[-1] == "[DONE]"
-    chunks = [json.loads(line) for line in lines[:-1]]
-    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
-
-
-def until(holds: Callable[[], bool], seconds: float = 20.0) -> float:
-    """Seconds until it held."""
-    start = time.monotonic()
-    while not holds():
-        assert time.monotonic() - start < seconds, "it did not come to that"
-        time.sleep(0.05)
-    return time.monotonic() - start
 
 
 def test_up_says_where_it_is_and_shows_the_first_key_once(endpoint: Endpoint):
@@ -345,7 +201,7 @@ def test_what_an_alias_comes_to_is_fetched_before_anybody_asks(endpoint: Endpoin
     first, second = endpoint.publish("acme/ahead", seed=31), endpoint.publish("acme/ahead", seed=32)
 
     def held() -> float:
-        return _gauge(endpoint.metrics(), "adaptory_engine_adapter_bytes")
+        return gauge(endpoint.metrics(), "adaptory_engine_adapter_bytes")
 
     before, size = held(), 0.0
     move_alias(endpoint.db, first, "production", actor="test")
@@ -354,46 +210,27 @@ def test_what_an_alias_comes_to_is_fetched_before_anybody_asks(endpoint: Endpoin
     before, size = held(), held() - before
     move_alias(endpoint.db, second, "production", actor="test")
     until(lambda: held() == before + size)
-    cold = _gauge(endpoint.metrics(), "adaptory_engine_cold_loads")
+    cold = gauge(endpoint.metrics(), "adaptory_engine_cold_loads")
     assert endpoint.ask("acme", model="acme/ahead").headers["x-adaptory-adapter"] == second.digest
     time.sleep(2 * RESIDENCY_SECONDS)
-    assert _gauge(endpoint.metrics(), "adaptory_engine_cold_loads") == cold
+    assert gauge(endpoint.metrics(), "adaptory_engine_cold_loads") == cold
 
 
 def test_clients_that_go_away_have_their_answers_aborted(endpoint: Endpoint):
     """Eight that are known to be long are left at their first words. The engine counts the tokens of answers that ended:
     had one gone on, it would be among them."""
-    seeds = long_answers(endpoint, 8)
-    counted = _gauge(endpoint.metrics(), "adaptory_engine_completion_tokens")
+    seeds = endpoint.long_answers("acme", LONG, 8)
+    counted = gauge(endpoint.metrics(), "adaptory_engine_completion_tokens")
     assert counted > 0.0
-    left = _gauge(endpoint.metrics(), "adaptory_requests_total", 'status="499"')
+    left = gauge(endpoint.metrics(), "adaptory_requests_total", 'status="499"')
     asked = [endpoint.ask("acme", stream=True, temperature=1.0, seed=seed, max_tokens=LONG) for seed in seeds]
     for response in asked:
         response.close()
-    until(lambda: _gauge(endpoint.metrics(), "adaptory_requests_total", 'status="499"') == left + 8)
-    until(lambda: _gauge(endpoint.metrics(), "adaptory_engine_running") == 0.0)
+    until(lambda: gauge(endpoint.metrics(), "adaptory_requests_total", 'status="499"') == left + 8)
+    until(lambda: gauge(endpoint.metrics(), "adaptory_engine_running") == 0.0)
     time.sleep(2 * RESIDENCY_SECONDS)
-    assert _gauge(endpoint.metrics(), "adaptory_engine_completion_tokens") == counted
-    assert _gauge(endpoint.metrics(), "adaptory_in_flight") == 0.0
-
-
-def long_answers(endpoint: Endpoint, count: int) -> list[int]:
-    """Seeds with which the model does not end its turn before `LONG` tokens."""
-    seeds = list(range(10 * count))
-    core, ids = endpoint.engine(endpoint.digests["acme"])
-    for seed in seeds:
-        sampling = Sampling(max_tokens=LONG, temperature=1.0, seed=seed)
-        core.add(GenerateRequest(ids, endpoint.digests["acme"], sampling, id=str(seed)))
-    events = {delivery.request_id: delivery.event for delivery in answers(core) if delivery.last}
-    found = [seed for seed in seeds if events[str(seed)].finish is FinishReason.LENGTH]
-    assert len(found) >= count
-    return found[:count]
-
-
-def _gauge(text: str, name: str, label: str = "") -> float:
-    """The sum of all samples that have this label."""
-    lines = [line for line in text.splitlines() if line.startswith((f"{name}{{", f"{name} ")) and label in line]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+    assert gauge(endpoint.metrics(), "adaptory_engine_completion_tokens") == counted
+    assert gauge(endpoint.metrics(), "adaptory_in_flight") == 0.0
 
 
 def unsigned(endpoint: Endpoint) -> AdapterVersion:
@@ -532,7 +369,7 @@ def _training_priorities() -> set[int]:
 
 def test_replicas_come_and_go_under_answers_of_which_none_is_cut(endpoint: Endpoint):
     (before,) = _engines(endpoint)
-    seeds = long_answers(endpoint, 8)
+    seeds = endpoint.long_answers("acme", LONG, 8)
     with ThreadPoolExecutor(16) as people:
         running = [people.submit(long_answer, endpoint, seed) for seed in seeds]
         changed = endpoint.types("up", "--dtype", "float32", "--replicas", "2", "--json")
@@ -596,7 +433,7 @@ def test_down_answers_what_it_had_begun_refuses_the_rest_and_loses_no_usage(endp
     def used() -> int:
         return sum(row["requests"] for row in report(endpoint.db, tenant="acme"))
 
-    seeds = long_answers(endpoint, 6)
+    seeds = endpoint.long_answers("acme", LONG, 6)
     time.sleep(USAGE_SECONDS + 1)
     stored = used()
     with ThreadPoolExecutor(7) as people:

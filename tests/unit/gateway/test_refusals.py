@@ -257,8 +257,7 @@ def test_behind_a_proxy_the_id_is_the_proxys(world):
 @pytest.mark.parametrize(
     ("failure", "status", "code"),
     [
-        (errors.AdapterError("bad", check="finite"), 424, "invalid_adapter.finite"),
-        (errors.AdapterError("bad"), 424, "invalid_adapter"),
+        (errors.AdapterError("bad", check="finite"), 424, "invalid_adapter"),
         (errors.SignatureInvalid("not signed", check="signature"), 424, "signature_invalid"),
         (errors.AdapterUnavailable("not now"), 503, "adapter_unavailable"),
         (errors.StoreError("gone"), 503, "store_unavailable"),
