@@ -88,6 +88,11 @@ class Load:
             if self._ending.is_set():
                 return
             outcome = ask(self.endpoint, tenant, seed, self.tokens, stream=stream)
+            while outcome.status == 429 and not self._ending.is_set():  # as OpenAI's client does, a few times
+                time.sleep(0.2)
+                outcome = ask(self.endpoint, tenant, seed, self.tokens, stream=stream)
+            if outcome.status == 429:
+                return
             self.outcomes.append(replace(outcome, client=number))
             if outcome.status is None or outcome.status >= 500:  # as OpenAI's client does before it asks again
                 time.sleep(0.5)
