@@ -146,7 +146,7 @@ def person(
     (specs / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in entities_rows), encoding="utf-8")
     one = Person(home, specs, tiny_model("llama"))
     keys = {"AWS_ACCESS_KEY_ID": "test-key", "AWS_SECRET_ACCESS_KEY": "test-secret", "AWS_DEFAULT_REGION": "us-east-1"}
-    up = one.types("up", **keys)
+    up = one.types("up", "--no-serve", **keys)
     assert up.returncode == 0, up.stderr
     try:
         yield one
