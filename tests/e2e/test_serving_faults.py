@@ -120,7 +120,9 @@ def used(endpoint: Endpoint) -> tuple[int, int]:
 
 
 def idle(endpoint: Endpoint) -> None:
-    """Nothing is reserved, nothing is in the engines."""
+    """Nothing is reserved, nothing is in the engines; and each of them says so."""
+    telling = [f'replica="{name}"' for name in replicas(endpoint, "engine")]
+    until(lambda: [each for each in telling if each not in endpoint.metrics()] == [])
     until(lambda: endpoint.gauge("adaptory_in_flight") == 0.0)
     until(lambda: endpoint.gauge("adaptory_engine_running") + endpoint.gauge("adaptory_engine_waiting") == 0.0)
 
