@@ -168,7 +168,10 @@ class Clients:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--minutes", type=float, default=30.0, help="of overload; a full batch has a tenth of it before"
+        "--minutes",
+        type=float,
+        default=30.0,
+        help="of overload; a full batch has a tenth of it before, and a minute at least",
     )
     parser.add_argument("--places", type=int, default=8, help="of the batch")
     parser.add_argument("--times", type=int, default=10, help="as many clients as places")
@@ -213,7 +216,7 @@ async def soak(
     for tenant in TENANTS:  # cold once
         for name in clients.models[tenant][:WARM]:
             await clients.one(tenant, name, stream=False, compared=False)
-    full, _ = await phase("full batch", clients, server, options.places, options.minutes * 6, [])
+    full, _ = await phase("full batch", clients, server, options.places, max(options.minutes * 6, 60), [])
     odd = [
         clients.often(clients.leaving, 0.5),
         clients.often(clients.never_reading, 5),
