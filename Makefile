@@ -20,7 +20,7 @@ RECORD := $(BIN)/python -c 'import json, pathlib, sys, time; p = pathlib.Path("b
 help: ## list the goals
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 
-demo: $(VENV)/.adaptory ## fine-tune a real model on real data, before and after (about ten minutes, no GPU)
+demo: $(VENV)/.adaptory ## fine-tune a real model on real data, serve it and ask it (about ten minutes, no GPU)
 	$(BIN)/python jobs/examples/demo.py
 
 test: lint | postgres ## lint, types, import borders and every test
@@ -71,7 +71,7 @@ $(BIN)/python:
 $(VENV)/.adaptory: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing Adaptory into $(VENV) (one to two minutes)."
 	@started=$$(cat build/.started 2>/dev/null || date +%s.%N); rm -f build/.started; \
-	$(PIP_INSTALL) --editable .; \
+	$(PIP_INSTALL) --editable '.[client]'; \
 	$(RECORD) install "$$started"
 	@touch $@
 

@@ -196,6 +196,8 @@ def _environment(settings: Settings, cluster_id: str, token_path: Path) -> dict[
         "RAY_START_HOOK": "cluster.head.trim",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_enable_metrics_collection": "0",
+        # 15 for all workers by default: then training, at 19, would have almost a third of the cores while the server answers.
+        "RAY_worker_niceness": "0",
         "DASHBOARD_METRIC_PORT": "0",
         # gRPC would send loopback through a proxy.
         "no_proxy": no_proxy,

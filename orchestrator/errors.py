@@ -311,6 +311,12 @@ class ReplicaUnavailable(EngineError):
     code = "replica_unavailable"
 
 
+class GatewayDraining(AdaptoryError):
+    """A gateway that is being ended answers what it had begun and takes nothing new; another, or a later one, will."""
+
+    code = "draining"
+
+
 class RequestTooLarge(AdaptoryError):
     """A request's body has more bytes than are read. Context: `limit`."""
 
@@ -342,6 +348,13 @@ class TenantNotFound(TenantError):
 
 class TenantExists(TenantError):
     code = "tenant_exists"
+
+
+class TenantInUse(TenantError):
+    """It owns what would be lost with it. Context: `owns`, a count of each kind."""
+
+    code = "tenant_in_use"
+    exit_code = 1
 
 
 class ApiKeyError(AdaptoryError):

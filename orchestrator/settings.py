@@ -77,6 +77,29 @@ class Settings(BaseSettings):
     def keys(self) -> Path:
         return self.home / "keys"
 
+    @property
+    def metrics_key_file(self) -> Path:
+        return self.keys / "metrics_key"
+
+    @property
+    def metrics_key(self) -> str | None:
+        """Who shows it to a gateway reads the figures of all tenants; None where `adaptory up` has put none on this machine."""
+        try:
+            return self.metrics_key_file.read_text().strip() or None
+        except OSError:
+            return None
+
+    def check_gateways(self, count: int) -> None:
+        """
+        Raises:
+            SettingsError: so many gateway processes cannot share this database.
+        """
+        if count > 1 and self.database.startswith("sqlite"):
+            raise SettingsError(
+                f"{count} gateways cannot share SQLite: each would count its tenants' requests for itself.",
+                hint="Point ADAPTORY_DATABASE_URL to a PostgreSQL, or serve with one gateway.",
+            )
+
     @cached_property
     def remote(self) -> bool:
         """Whether jobs run on a cluster that somebody else started."""

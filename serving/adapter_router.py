@@ -15,6 +15,7 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from serving.engine.protocol import GenerateRequest
+from serving.residency import remember
 
 RESIDENCY_SECONDS = 0.5
 """Between two looks at what a replica has."""
@@ -53,10 +54,6 @@ def _weight(adapter: str, replica: str) -> bytes:
     return hashlib.blake2b(f"{adapter} {replica}".encode(), digest_size=8).digest()
 
 
-REPLICAS: dict[str, dict[str, dict[str, Any]]] = {}
-"""What each replica of each deployment told last, by their names: the feed of all routers in this process."""
-
-
 class AdapterRouter(RequestRouter):
     """`ranked`, as Serve asks for it."""
 
@@ -70,7 +67,7 @@ class AdapterRouter(RequestRouter):
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called when a replica comes or goes, and when one has told something new."""
         super().update_replicas(replicas)
-        REPLICAS[self._deployment_id.name] = {replica.replica_id.unique_id: _told(replica) for replica in replicas}
+        remember(self._deployment_id.name, {replica.replica_id.unique_id: _told(replica) for replica in replicas})
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

@@ -1,24 +1,26 @@
 """The composition root of serving: settings and database → a Ray Serve application of gateways and engines.
 
-`python -m serving` deploys it and ends; what it deployed stays. It runs as a Ray job, so that the cluster gets this very
-code, wherever it is.
+`python -m serving --plan …` deploys it and ends; what it deployed stays. `--drain` has it answer what it is answering and
+nothing more. Both run as a Ray job, so that the cluster gets this very code, wherever it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import hashlib
 import logging
-import os
-import shlex
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
-from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
+from ray.exceptions import RayActorError
+from ray.serve.config import ControllerOptions, HTTPOptions, ProxyLocation, RequestRouterConfig
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from orchestrator.db import Database, open_database
 from orchestrator.limits.limiter import Limiter, LocalLimiter
@@ -26,22 +28,27 @@ from orchestrator.limits.shared import TTL, SharedLimiter
 from orchestrator.modeling.base_model import materialize
 from orchestrator.modeling.model_files import read_config
 from orchestrator.modeling.prompts import load_tokenizer
+from orchestrator.registry.signing import Trust
 from orchestrator.routing.table import RouteTable, build_table
 from orchestrator.routing.watcher import RouteWatcher
 from orchestrator.settings import Settings, load_settings
 from orchestrator.store import Store
 from orchestrator.tenants.keys import authenticate
 from orchestrator.tenants.usage import UsageWriter
-from serving.adapter_router import REPLICAS, RESIDENCY_SECONDS, AdapterRouter
+from serving.adapter_router import RESIDENCY_SECONDS, AdapterRouter
 from serving.background import Repeated
-from serving.engine.choice import EngineChoice, OwnEngine, VllmChoice
 from serving.gateway.app import create_app
 from serving.gateway.gateway import Gateway, ServedBase
 from serving.gateway.prompts import Prompts
 from serving.handles import HandleEngine
 from serving.known_adapters import KnownAdapters
+from serving.mail import Postbox, open_postbox
+from serving.plan import Plan, ServedModel
 from serving.replica import EngineOptions
+from serving.residency import REPLICAS
+from serving.scaling import actor_options, engine_scaling, gateway_scaling
 from serving.served_engine import ServedEngine
+from serving.shortcut import CALLBACK, open_door
 
 log = logging.getLogger(__name__)
 
@@ -49,44 +56,28 @@ APPLICATION = "adaptory"
 """Serve's name of it all."""
 
 USAGE_SECONDS = 2.0
-"""Between two times that usage is stored; what a killed gateway had not stored is lost."""
+"""Between two times that usage is stored: of a gateway that is killed, requests that ended in this time (and while the database
+did not answer) are not counted. One that is drained, replaced or scaled away stores all before it goes."""
 
-_DRAIN_SECONDS = 60.0
-"""For what is being answered when a replica must go."""
-
-
-class ServedModel(BaseModel):
-    """A base model to serve."""
-
-    model_config = ConfigDict(frozen=True)
-
-    name: str
-    """As clients call it."""
-    reference: str
-    replicas: int = 1
-    engine: EngineChoice = Field(default_factory=OwnEngine)
-
-
-class Plan(BaseModel):
-    """What to deploy; JSON, from who starts `serving`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    models: tuple[ServedModel, ...]
-    dtype: str = "bfloat16"
-    max_length: int = 4096
-    max_sequences: int = 32
-    threads: int | None = None
-    """Of each engine; None: all cores."""
+_GATEWAY = "gateway"
+_ASKED_SECONDS = 0.5
+"""Between two questions whether gateways still answer."""
 
 
 @dataclass(frozen=True)
 class _Base:
-    model: ServedModel
+    """What a gateway knows of a base: not how many replicas there are, or each change of that would replace the gateways."""
+
+    name: str
+    reference: str
     digest: str
     max_length: int
+    sleeps: bool
+    """It may have no replica."""
+
+    @property
+    def deployment(self) -> str:
+        return f"engine-{self.digest.removeprefix('sha256:')[:12]}"
 
 
 # --- gateway --------------------------------------------------------------------------------------------------------
@@ -96,14 +87,16 @@ class _Base:
 class GatewayReplica:
     """One gateway process."""
 
-    def __init__(self, bases: list[_Base], engines: dict[str, Any]):
+    async def __init__(self, bases: list[_Base], engines: dict[str, Any]):  # type: ignore[misc]  # Serve awaits it
         _log_lines()
         settings = load_settings()
         self._db = db = open_database(settings.database)
-        served = {base.digest: _served(settings, base, engines[base.digest]) for base in bases}
+        self._postbox = await open_postbox()
+        served = {base.digest: _served(settings, base, engines[base.digest], self._postbox) for base in bases}
         names = {base.name: base.digest for base in served.values()}
         adapters, usage = KnownAdapters(db), UsageWriter(db)
-        ahead = Prefetching(engines, adapters.bases)
+        self._usage, self._draining = usage, False
+        ahead = Prefetching(engines, adapters.bases, awake=_awake(bases), loop=asyncio.get_running_loop())
         self._routes = RouteWatcher(db, lambda: build_table(db, adapters, names), replaced=ahead.follow)
         self._routes.start()
         self._repeated = [Repeated(USAGE_SECONDS, usage.flush, last=True)]
@@ -113,13 +106,24 @@ class GatewayReplica:
             bases=served,
             limiter=self._limiter(settings, db),
             usage=usage,
-            metrics_key=_metrics_key(settings),
+            metrics_key=settings.metrics_key,
             replicas=lambda: REPLICAS,
+            deployments={base.deployment: base.name for base in bases},
+            ready=lambda: not self._draining,
             proxied=True,
         )
+        self._app = create_app(self._gateway)
+        self._door = await open_door(self._app)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return create_app(self._gateway)
+        return self._app
+
+    async def drain(self) -> int:
+        """Refuse what is new; how many answers still run. When none does, all that was used is stored."""
+        self._draining = True
+        if not (running := self._gateway.metrics.running):
+            await asyncio.to_thread(self._usage.flush)
+        return running
 
     def _limiter(self, settings: Settings, db: Database) -> Limiter:
         """SQLite has one gateway process, whose memory is enough; any number share a PostgreSQL."""
@@ -129,8 +133,12 @@ class GatewayReplica:
         self._repeated.append(Repeated(TTL / 3, shared.renew))
         return shared
 
-    def __del__(self) -> None:
-        """Serve calls it when the replica has drained: what was used is stored before it goes."""
+    async def __del__(self) -> None:
+        """Serve calls it when what came its way is answered: what was used is stored before it goes."""
+        if (door := getattr(self, "_door", None)) is not None:
+            await door.close()
+        if (postbox := getattr(self, "_postbox", None)) is not None:
+            postbox.close()
         for repeated in getattr(self, "_repeated", ()):
             repeated.close()
         if hasattr(self, "_routes"):
@@ -142,34 +150,44 @@ class GatewayReplica:
 class Prefetching:
     """When routes change, tells the replicas of what was not routed to before, so that the first request finds it there."""
 
-    def __init__(self, engines: Mapping[str, Any], bases: Mapping[str, str]):
+    def __init__(
+        self,
+        engines: Mapping[str, Any],
+        bases: Mapping[str, str],
+        awake: Callable[[str], bool],
+        loop: asyncio.AbstractEventLoop,
+    ):
         """
         Args:
+            loop: where handles live; routes are watched on a thread.
             engines: handles, by base digest.
             bases: of each adapter's digest.
+            awake: whether a base has replicas; telling one that has none would start it.
         """
-        self._engines, self._bases = engines, bases
+        self._engines, self._bases, self._awake = engines, bases, awake
+        self._loop = loop
         self._known: frozenset[str] = frozenset()
 
     def follow(self, table: RouteTable) -> None:
         new, self._known = table.adapters() - self._known, table.adapters()
         for digest in sorted(new):
-            if (handle := self._engines.get(self._bases.get(digest, ""))) is not None:
-                handle.prefetch.remote(adapter=digest)
+            base = self._bases.get(digest, "")
+            if (handle := self._engines.get(base)) is not None and self._awake(base):
+                self._loop.call_soon_threadsafe(self._tell, handle, digest)
+
+    def _tell(self, handle: Any, digest: str) -> None:
+        handle.prefetch.remote(adapter=digest)
 
 
-def _served(settings: Settings, base: _Base, handle: Any) -> ServedBase:
-    found = materialize(base.model.reference, cache=settings.cache, store=Store(settings.store))
+def _awake(bases: Collection[_Base]) -> Callable[[str], bool]:
+    sleeping = {base.digest: base.deployment for base in bases if base.sleeps}
+    return lambda digest: digest not in sleeping or bool(REPLICAS.get(sleeping[digest]))
+
+
+def _served(settings: Settings, base: _Base, handle: Any, postbox: Postbox | None) -> ServedBase:
+    found = materialize(base.reference, cache=settings.cache, store=Store(settings.store))
     prompts = Prompts(load_tokenizer(found.path), base.max_length)
-    return ServedBase(base.model.name, base.digest, prompts, HandleEngine(handle))
-
-
-def _metrics_key(settings: Settings) -> str | None:
-    """What `adaptory up` has put there; without it nobody reads the metrics."""
-    try:
-        return (settings.keys / "metrics_key").read_text().strip() or None
-    except OSError:
-        return None
+    return ServedBase(base.name, base.digest, prompts, HandleEngine(handle, postbox=postbox))
 
 
 def _log_lines() -> None:
@@ -189,29 +207,33 @@ def application(plan: Plan, settings: Settings) -> Any:
 
     Raises:
         ModelError, PackageError: a base model cannot be had.
+        SettingsError: several gateways over SQLite.
     """
+    settings.check_gateways(plan.gateways)
     bases = [_known(model, plan, settings) for model in plan.models]
-    engines = {base.digest: _engine(base, plan, settings) for base in bases}
+    engines = {
+        base.digest: _engine(base, model, plan, settings) for base, model in zip(bases, plan.models, strict=True)
+    }
     gateway = serve.deployment(
-        name="gateway",
-        num_replicas=1,
+        name=_GATEWAY,
         max_ongoing_requests=4096,
-        graceful_shutdown_timeout_s=_DRAIN_SECONDS,
-        ray_actor_options=_actor(plan),
+        ray_actor_options=actor_options(plan, 0, _inherited()),
+        **gateway_scaling(plan.gateways),
     )
-    return gateway(GatewayReplica).bind(bases, engines)
+    return _versioned(gateway(GatewayReplica), bases).bind(bases, engines)
 
 
 def _known(model: ServedModel, plan: Plan, settings: Settings) -> _Base:
     store = Store(settings.store)
     found = materialize(model.reference, cache=settings.cache, store=store, say=log.info)
     positions = read_config(found.path, model.reference).get("max_position_embeddings") or plan.max_length
-    return _Base(model, found.digest, min(plan.max_length, int(positions)))
+    longest = min(plan.max_length, int(positions))
+    return _Base(model.name, model.reference, found.digest, longest, sleeps=model.replicas.min == 0)
 
 
-def _engine(base: _Base, plan: Plan, settings: Settings) -> Any:
+def _engine(base: _Base, model: ServedModel, plan: Plan, settings: Settings) -> Any:
     options = EngineOptions(
-        reference=base.model.reference,
+        reference=base.reference,
         digest=base.digest,
         store_url=settings.store,
         cache=settings.cache,
@@ -219,7 +241,8 @@ def _engine(base: _Base, plan: Plan, settings: Settings) -> Any:
         max_length=base.max_length,
         max_sequences=plan.max_sequences,
         threads=plan.threads,
-        engine=base.model.engine,
+        trust=Trust(tuple(key.encode() for key in plan.trusted_keys)),
+        engine=model.engine,
     )
     router = RequestRouterConfig.model_validate(
         {
@@ -228,31 +251,30 @@ def _engine(base: _Base, plan: Plan, settings: Settings) -> Any:
             "request_routing_stats_period_s": RESIDENCY_SECONDS,
         }
     )
+    gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
     engine = serve.deployment(
-        name=f"engine-{base.digest.removeprefix('sha256:')[:12]}",
-        num_replicas=base.model.replicas,
-        max_ongoing_requests=4 * plan.max_sequences,
+        name=base.deployment,
+        max_ongoing_requests=options.max_requests,
         max_queued_requests=8 * plan.max_sequences,
-        graceful_shutdown_timeout_s=_DRAIN_SECONDS,
         health_check_period_s=5.0,
         request_router_config=router,
-        ray_actor_options=_actor(plan, gpus=1 if _gpus() else 0, engine=base.model.engine),
+        ray_actor_options=actor_options(plan, gpus, _inherited(), model.engine),
+        **engine_scaling(plan, model.replicas, gpus),
     )
-    return engine(ServedEngine).bind(options)
+    return _versioned(engine(ServedEngine), options).bind(options)
 
 
-def _actor(plan: Plan, gpus: int = 0, engine: EngineChoice | None = None) -> dict[str, Any]:
-    """Reserves no CPU: a reserved one is one that no job on a small machine can have, used or not. And a reservation of
-    none has Ray set OMP_NUM_THREADS to 1, which is for the engine to say."""
-    inherited = ray.get_runtime_context().runtime_env.get("env_vars") or {}  # of this job: where state is
-    environment = {"OMP_NUM_THREADS": str(plan.threads or os.cpu_count() or 1)} | inherited
-    # a shell reads it
-    python = {"py_executable": shlex.quote(engine.python)} if isinstance(engine, VllmChoice) else {}
-    return {"num_cpus": 0, "num_gpus": gpus, "runtime_env": {"env_vars": environment} | python}
+def _versioned(deployment: Any, arguments: Any) -> Any:
+    """With a version that is another one only when the code or what a replica is made of has changed. Serve would draw one
+    by lot, and so replace every replica of everything at each deploy; its public way to name one is gone since 2.60."""
+    code = ray.get_runtime_context().runtime_env.get("working_dir")
+    version = hashlib.sha256(f"{code} {arguments!r}".encode()).hexdigest()[:16]
+    return deployment.options(version=version, _internal=True)
 
 
-def _gpus() -> float:
-    return ray.cluster_resources().get("GPU", 0)
+def _inherited() -> dict[str, str]:
+    """The environment of this job: where state is."""
+    return ray.get_runtime_context().runtime_env.get("env_vars") or {}
 
 
 def deploy(plan: Plan) -> None:
@@ -261,12 +283,37 @@ def deploy(plan: Plan) -> None:
     Raises:
         RuntimeError: a replica cannot start; the message says why.
     """
-    ray.init(address="auto", ignore_reinit_error=True, log_to_driver=False)
+    _connect()
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,
         http_options=HTTPOptions(host=plan.host, port=plan.port, keep_alive_timeout_s=75),
+        controller_options=ControllerOptions(runtime_env={"env_vars": CALLBACK}),  # its proxies inherit it
     )
     serve.run(application(plan, load_settings()), name=APPLICATION, route_prefix="/")
+
+
+def drain(seconds: float) -> None:
+    """Have all gateways refuse what is new, and wait until they have answered what they had begun, at most so long."""
+    _connect()
+    gateways, deadline = serve.get_deployment_handle(_GATEWAY, APPLICATION), time.monotonic() + seconds
+    while running := _running(gateways):
+        if time.monotonic() > deadline:
+            log.info("%d answers still run after %g s, and are cut.", running, seconds)
+            return
+        time.sleep(_ASKED_SECONDS)
+
+
+def _running(gateways: Any) -> int:
+    """Answers that run; none where no gateway does."""
+    try:
+        return sum(gateways.broadcast("drain").results(timeout_s=10.0))
+    except (RayActorError, DeploymentUnavailableError, TimeoutError) as error:
+        log.warning("a gateway does not say what it answers: %s", error)
+        return 0
+
+
+def _connect() -> None:
+    ray.init(address="auto", ignore_reinit_error=True, log_to_driver=False)
 
 
 def main() -> None:
@@ -276,7 +323,15 @@ def main() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("serving: %(message)s"))
     log.addHandler(handler)
-    parser = argparse.ArgumentParser(prog="python -m serving", description="Deploy the serving application.")
-    parser.add_argument("--plan", required=True, type=Plan.model_validate_json, help="as JSON")
-    deploy(parser.parse_args().plan)
+    parser = argparse.ArgumentParser(
+        prog="python -m serving", description="Deploy the serving application, or drain it."
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--plan", type=Plan.model_validate_json, help="as JSON")
+    what.add_argument("--drain", type=float, metavar="SECONDS", help="at most")
+    options = parser.parse_args()
+    if options.plan is None:
+        drain(options.drain)
+        return
+    deploy(options.plan)
     log.info("It serves.")

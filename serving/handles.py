@@ -5,20 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
+from grpc.aio import AioRpcError
 from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
-from orchestrator.errors import AdaptoryError, EngineOverloaded, ReplicaUnavailable
+from orchestrator.errors import AdaptoryError, EngineOverloaded, EngineStopped, ReplicaUnavailable
 from serving.engine.protocol import GenerateRequest, TokenEvent
 from serving.gateway.ports import Running
+from serving.mail import Postbox
 from serving.wire import Begun
 
 log = logging.getLogger(__name__)
 
+_DIRECTLY = {"_by_reference": False, "request_serialization": "pickle", "response_serialization": "pickle"}
+"""Through gRPC from process to process: Ray's calls of actors and its streams of objects take twice as long."""
+
 _TRIES = 3
-_GONE = (RayActorError, DeploymentUnavailableError, RequestCancelledError, TaskCancelledError)
+_GONE = (RayActorError, DeploymentUnavailableError, RequestCancelledError, TaskCancelledError, AioRpcError)
 """What a replica's end looks like from here; nothing of it is the request's fault."""
 
 
@@ -27,15 +33,17 @@ class HandleEngine:
     Args:
         handle: of a deployment of `EngineReplica`s.
         patience: seconds until the first event must be there.
+        postbox: where replicas on this machine send their items.
     """
 
-    def __init__(self, handle: Any, patience: float = 300.0):
-        self._answer = handle.options(stream=True).answer
-        self._patience = patience
+    def __init__(self, handle: Any, patience: float = 300.0, postbox: Postbox | None = None):
+        self._answer = handle.options(stream=True, **_DIRECTLY).answer
+        self._patience, self._postbox = patience, postbox
 
     async def begin(self, request: GenerateRequest, *, stream: bool) -> Running:
         for tries_left in reversed(range(_TRIES)):
-            items = self._answer.remote(request, stream)
+            # a replica that was out of reach only may be asked again while it still answers: each try has its own id
+            items = self._ask(replace(request, id=f"{request.id}-{tries_left}"), stream)
             try:
                 async with asyncio.timeout(self._patience):
                     first = await anext(items)
@@ -54,12 +62,20 @@ class HandleEngine:
             except BaseException:  # the client went away
                 items.cancel()
                 raise
+            if isinstance(first, EngineStopped) and tries_left:
+                log.warning("%s: a replica has stopped: %s", request.id, first)
+                continue
             if isinstance(first, AdaptoryError):
                 raise first
             assert isinstance(first, Begun)
             answer = _Answer(first.event, items)
             return Running(first.replica, answer.events(), answer.close)
         raise AssertionError("unreachable")
+
+    def _ask(self, request: GenerateRequest, stream: bool) -> Any:
+        if self._postbox is None or not stream:
+            return self._answer.remote(request, stream)
+        return self._postbox.ask(self._answer, request, stream)
 
 
 class _Answer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,16 @@ import torch
 
 from orchestrator.errors import AdaptoryError, EngineStopped, ModelError
 from orchestrator.modeling.base_model import BaseModel, materialize
+from orchestrator.registry.signing import Trust
 from orchestrator.store import Store
 from serving.adapters.admission import Requirements
 from serving.adapters.cache import AdapterCache, CacheLimits
 from serving.adapters.loader import LoaderSettings
 from serving.adapters.process import LoaderProcess
 from serving.engine.choice import EngineChoice, OwnEngine, VllmChoice
-from serving.engine.prepared import Place, Places
+from serving.engine.prepared import Place
 from serving.engine.protocol import Engine, GenerateRequest
+from serving.places import Places
 from serving.wire import Begun, Item, joined
 
 if TYPE_CHECKING:
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
     from serving.engine.scheduler import Limits
 
 log = logging.getLogger(__name__)
+
+
+PLACES_A_WAITER = 8
+"""An eighth as many requests as there are places wait for one: enough to keep the batch full, and what is let in takes little
+longer than in a full batch. The others are told to come again, rather than promised what would take ever longer."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,8 @@ class EngineOptions:
     store_url: str
     cache: Path
     """Of base models and adapters, on each node."""
+    trust: Trust
+    """Whose signatures count; what nobody of them has signed is not served."""
     dtype: str = "bfloat16"
     max_length: int = 4096
     """Tokens of prompt and answer together."""
@@ -59,24 +68,36 @@ class EngineOptions:
     """Of torch; None: its own choice, all cores."""
     engine: EngineChoice = field(default_factory=OwnEngine)
 
+    @property
+    def max_requests(self) -> int:
+        """On a replica at the same time, those that wait for an adapter included. Who holds them is decided here, tenant by
+        tenant: what waits before it reaches a replica waits in order of arrival, behind any flood."""
+        return 16 * self.max_sequences
+
 
 class EngineReplica:
     """
+    Args:
+        died: told when the engine has ended by itself, and nothing will be answered any more.
+
     Raises:
         ModelError: the base is not there, is another one than its digest says, or cannot be served by this engine.
     """
 
-    def __init__(self, options: EngineOptions, name: str):
+    def __init__(self, options: EngineOptions, name: str, died: Callable[[], None] | None = None):
         self.name, self._options = name, options
         base, choice = _base(options), options.engine
-        built = _vllm(options, base, choice) if isinstance(choice, VllmChoice) else _own(options, base)
+        built = _vllm(options, base, choice) if isinstance(choice, VllmChoice) else _own(options, base, died)
         self.engine = built.engine
-        requirements = Requirements(options.digest, built.places, built.dtype, max_rank=built.max_rank)
+        requirements = Requirements(
+            options.digest, built.places, built.dtype, max_rank=built.max_rank, signature=options.trust.verify
+        )
         disk = options.cache / "adapters"
         settings = LoaderSettings(options.store_url, disk, options.disk_bytes, requirements)
         self.loader = LoaderProcess(settings, pinned=built.pinned)
         limits = CacheLimits(slots=options.max_adapters, memory=options.memory_bytes)
         self.cache = AdapterCache(self.loader, self.engine, limits)
+        self._places = Places(options.max_requests)
 
     async def start(self) -> None:
         """Have the loader's process ready before the first adapter is asked for."""
@@ -89,14 +110,15 @@ class EngineReplica:
             stream: otherwise the first item is all.
         """
         try:
-            async with self._leased(request.adapter), contextlib.aclosing(self.engine.generate(request)) as events:
-                if not stream:
-                    yield Begun(self.name, await joined(events))
-                    return
-                begun = False
-                async for event in events:
-                    yield event if begun else Begun(self.name, event)
-                    begun = True
+            with self._places.held(request.tenant):
+                async with self._leased(request.adapter), contextlib.aclosing(self.engine.generate(request)) as events:
+                    if not stream:
+                        yield Begun(self.name, await joined(events))
+                        return
+                    begun = False
+                    async for event in events:
+                        yield event if begun else Begun(self.name, event)
+                        begun = True
         except AdaptoryError as error:
             yield error
 
@@ -143,7 +165,7 @@ class _Built:
     """An engine, and what an adapter must be to go into it."""
 
     engine: Engine
-    places: Places
+    places: Mapping[str, Place]
     dtype: torch.dtype
     max_rank: int
     pinned: bool
@@ -161,7 +183,7 @@ def _base(options: EngineOptions) -> BaseModel:
     return base
 
 
-def _own(options: EngineOptions, base: BaseModel) -> _Built:
+def _own(options: EngineOptions, base: BaseModel, died: Callable[[], None] | None) -> _Built:
     # imported here: vLLM's environment has another transformers, and needs none of it
     from orchestrator.modeling.decoder import Decoder
     from orchestrator.modeling.loading import DTYPES, load_model
@@ -170,8 +192,9 @@ def _own(options: EngineOptions, base: BaseModel) -> _Built:
     from serving.engine.local import LocalEngine
     from serving.engine.network import ServedNetwork
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    # One pool of threads, the engine's: if this thread had one as well, there would be more threads than cores, and OpenMP
+    # would put them to sleep between any two operations. That halves the speed.
+    torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(base.path, dtype=DTYPES[options.dtype], device=device)
     if not isinstance(model, Decoder):
@@ -184,7 +207,7 @@ def _own(options: EngineOptions, base: BaseModel) -> _Built:
     network = ServedNetwork(model.eval())
     limits = engine_limits(options, network)
     log.info("%s is loaded: %d tokens of key-value cache", options.reference, limits.cache_tokens)
-    engine = LocalEngine(EngineCore(network, tokenizer, end_tokens(tokenizer), limits))
+    engine = LocalEngine(EngineCore(network, tokenizer, end_tokens(tokenizer), limits), options.threads, died)
     return _Built(engine, network.places, network.dtype, options.max_rank, pinned=device == "cuda")
 
 
@@ -228,5 +251,5 @@ def engine_limits(options: EngineOptions, network: ServedNetwork) -> Limits:
         max_sequences=options.max_sequences,
         max_length=options.max_length,
         max_adapters=options.max_adapters,
-        max_waiting=8 * options.max_sequences,
+        max_waiting=max(1, options.max_sequences // PLACES_A_WAITER),
     )

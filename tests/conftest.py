@@ -385,6 +385,23 @@ def db(database_url: str) -> Iterator[Any]:
     db.close()
 
 
+@pytest.fixture
+def register_adapter() -> Callable[..., None]:
+    """`register_adapter(db, "acme/intents", digest, base)`: as an import registers it, without any bytes in the store."""
+    from orchestrator.db.models import AdapterRow
+    from orchestrator.registry.versions import register
+
+    def make(db: Any, name: str, digest: str, base: str | None) -> None:
+        tenant, _, short = name.partition("/")
+        with db.write() as session:
+            register(session, tenant, short, digest, actor="ada")
+            given = {"rank": 4, "created_at": 1.0, "metrics": {}, "provenance": {}}
+            if session.get(AdapterRow, (tenant, digest)) is None:
+                session.add(AdapterRow(tenant=tenant, digest=digest, name=short, base_digest=base, **given))
+
+    return make
+
+
 # --- Ray ------------------------------------------------------------------------------------------------------------
 
 

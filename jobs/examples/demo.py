@@ -5,6 +5,7 @@ Every step is a command that a person would type. The figures go to `build/demo.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ def main() -> int:
     installed = json.loads((BUILD / "install.json").read_text()) if (BUILD / "install.json").exists() else {}
 
     step("A local Ray, behind a token, on loopback")
-    adaptory("up")
+    adaptory("up", "--no-serve")
     started = time.time()
 
     step("SmolLM2-135M learns to answer sentences of financial contracts with their entities as JSON")
@@ -37,7 +38,22 @@ def main() -> int:
     adaptory("adapters", "verify", adapter)
     adaptory("runs", "plot", name, "--out", str(BUILD / "demo.png"))
 
-    figures = figures_of(run, seconds={"install": installed.get("install"), "ray": round(started - began, 1)})
+    step("Served beside the base model, and both asked through OpenAI's client")
+    asking = time.time()
+    mine = f"{run['tenant']}/{name}"
+    adaptory("up")
+    adaptory("adapters", "promote", f"{mine}@1", "production")
+    adaptory("routes", "set", mine, "--adapter", f"{mine}@production", "--fallback", "base")
+    endpoint = asked("status")["serving"]["url"]
+    answered = answers(endpoint, mine, run)
+
+    seconds = {
+        "install": installed.get("install"),
+        "ray": round(started - began, 1),
+        "serving": round(time.time() - asking, 1),
+    }
+    figures = figures_of(run, seconds)
+    figures["served"] = answered
     figures["seconds"]["total"] = round(time.time() - began + (installed.get("install") or 0.0), 1)
     BUILD.mkdir(exist_ok=True)
     (BUILD / "demo.json").write_text(json.dumps(figures, indent=2) + "\n")
@@ -45,7 +61,11 @@ def main() -> int:
     print(
         f"\nEntity F1 on held-out rows: {figures['before']['entity_f1']:.2f} → {reached:.2f}. Figures: build/demo.json"
     )
-    print("Ray is still up for your own runs; `.venv/bin/adaptory down` ends it. The same steps by hand:")
+    print("It is still served, and Ray is up for your own runs; `.venv/bin/adaptory down` ends both. By hand:")
+    print(f"  .venv/bin/adaptory chat {mine}")
+    print(
+        f"  export OPENAI_BASE_URL={endpoint} OPENAI_API_KEY=$(.venv/bin/adaptory keys create --name mine)   # any client"
+    )
     print(f"  .venv/bin/adaptory run {SPEC} --name mine --follow")
     print(f"  .venv/bin/adaptory adapters export {adapter[:19]} --out my-adapter   # a PEFT directory")
     if reached < GOAL:
@@ -70,6 +90,49 @@ def asked(*arguments: str) -> Any:
     """The same with `--json`."""
     command = [sys.executable, "-m", "orchestrator.cli", *arguments, "--json"]
     return json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def answers(endpoint: str, model: str, run: dict[str, Any]) -> dict[str, Any]:
+    """What the base and the route say to the first held-out rows; another adapter's answer ends the demo."""
+    from openai import OpenAI
+
+    key = asked("keys", "create", "--name", f"demo-{int(time.time())}", "--expires-in", "1h")["key"]
+    client = OpenAI(base_url=endpoint, api_key=key)
+
+    def ask(name: str, messages: list[dict[str, str]], **options: Any) -> tuple[str, Any]:
+        asked_for: Any = {"model": name, "messages": messages, "temperature": 0, **options}
+        answer = client.chat.completions.with_raw_response.create(**asked_for)
+        return answer.parse().choices[0].message.content, answer.headers
+
+    rows = held_out_rows(3)
+    while model not in (known := [each.id for each in client.models.list()]):
+        time.sleep(0.2)  # a new route is there within two seconds
+    _, headers = ask(model, rows[0], max_tokens=1)
+    if headers["x-adaptory-adapter"] != run["result"]["adapter"] or headers["x-adaptory-fallback"] != "false":
+        sys.exit(f"{model} does not answer with the adapter that was trained: {dict(headers)}")
+    bases = [name for name in known if "/" not in name or not name.startswith(f"{run['tenant']}/")]
+    base = next(b for b in bases if ask(b, rows[0], max_tokens=1)[1]["x-adaptory-base"] == headers["x-adaptory-base"])
+
+    shown, began = [], time.time()
+    for messages in rows:
+        said = {name: ask(name, messages, max_tokens=128)[0] for name in (base, model)}
+        print(f"\n  {messages[-1]['content'][:200]}")
+        for name, text in said.items():
+            print(f"    {name:>24}: {' '.join(text.split())[:200]}")
+        shown.append({"asked": messages[-1]["content"], **said})
+    return {"seconds_per_answer": round((time.time() - began) / (2 * len(rows)), 2), "answers": shown}
+
+
+def held_out_rows(count: int) -> list[list[dict[str, str]]]:
+    """The messages before the answer, of the first rows that training never saw."""
+    import yaml
+
+    from jobs.data.checking import reference_rows
+    from orchestrator.settings import load_settings
+
+    reference = yaml.safe_load((ROOT / SPEC).read_text())["data"]["test"]
+    rows = reference_rows(reference, (ROOT / SPEC).parent, load_settings().cache)
+    return [row["messages"][:-1] for row, _ in itertools.islice(rows, count)]
 
 
 def free_name(stem: str) -> str:

@@ -137,10 +137,12 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
     import torch
 
     from jobs.train.session import Session
-    from jobs.train.setup import Place, use_threads
+    from jobs.train.setup import Place, give_way, use_threads
     from jobs.train.worker import run_worker
 
     imported = time.time()
+    if not config["gpus"]:  # else its threads have little to do but keep a GPU busy
+        give_way()
     use_threads(config["cpus"])
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()

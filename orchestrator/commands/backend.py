@@ -133,6 +133,18 @@ def complete_route(incomplete: str) -> list[str]:
     return _complete(incomplete, lambda db: (str(route.public_name) for route in list_routes(db)))
 
 
+def complete_version(incomplete: str) -> list[str]:
+    """Numbered versions of adapters and their aliases for the shell."""
+    from orchestrator.registry.versions import list_versions
+
+    def names(db: Database) -> Iterable[str]:
+        for version in list_versions(db):
+            yield from (f"{version.tenant}/{version.name}@{alias}" for alias in version.aliases)
+            yield version.reference
+
+    return _complete(incomplete, names)
+
+
 def complete_run(incomplete: str) -> list[str]:
     """Names of runs for the shell."""
     from orchestrator.runs.repository import list_runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -41,12 +42,27 @@ def up(
         serving.EngineName,
         typer.Option(help="What answers: Adaptory's own engine, or vLLM in the environment of ADAPTORY_VLLM_PYTHON."),
     ] = serving.EngineName.ADAPTORY,
+    replicas: Annotated[
+        str,
+        typer.Option(
+            metavar="N|MIN:MAX",
+            help="Engines for each base; 1:4 grows with what waits, 0:2 has none while nobody asks (the first to ask then "
+            "waits for the start).",
+        ),
+    ] = "1",
+    idle: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="After which the last engine goes, with --replicas 0:N.")
+    ] = 300.0,
+    gateways: Annotated[
+        int, typer.Option(min=1, help="Processes that answer HTTP requests; several need PostgreSQL.")
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Start the local Ray, or check that the cluster of ADAPTORY_RAY_ADDRESS answers, and serve; print where, and the first key."""
     import cluster
 
     backend = Backend()
+    backend.settings.check_gateways(gateways)  # before anything is started
     client = cluster.connect(backend.settings, say=say)
     if not serve:
         _print(_facts(client, backend.settings), as_json)
@@ -54,7 +70,18 @@ def up(
     if not backend.settings.remote:
         serving.metrics_key(backend.settings)
     application = serving.start(
-        client, backend.settings, backend.db, backend.store, bases=base or (), port=port, dtype=dtype, engine=engine
+        client,
+        backend.settings,
+        backend.db,
+        backend.store,
+        bases=base or (),
+        port=port,
+        dtype=dtype,
+        engine=engine,
+        keys=backend.keys,
+        replicas=replicas,
+        idle_seconds=idle,
+        gateways=gateways,
     )
     key = serving.first_key(backend.db, backend.settings.tenant, actor=backend.actor)
     _print(_facts(client, backend.settings, application), as_json, key.secret if key else None)
@@ -64,6 +91,9 @@ def down(
     force: Annotated[
         bool, typer.Option("--force", help="Even while runs are on it (they can be resumed) or requests are answered.")
     ] = False,
+    wait: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="For answers that have begun; new ones are refused.")
+    ] = 60.0,
     as_json: Json = False,
 ) -> None:
     """End serving when it has answered what it is answering, stop the local Ray and everything it started."""
@@ -83,7 +113,7 @@ def down(
                 f"The cluster at {settings.ray_address} was started by somebody else, so it is not stopped from here.",
                 hint="Stop it where it was started; unset ADAPTORY_RAY_ADDRESS to stop the local Ray.",
             )
-        cluster_serving.stop(client.dashboard)
+        _stop_serving(client, settings, None if force else wait)
     else:
         if not force and client is not None and (jobs := client.active()):
             raise ClusterError(
@@ -92,7 +122,7 @@ def down(
                 jobs=jobs,
             )
         if not force and client is not None and cluster_serving.find(client.dashboard, serving.APPLICATION) is not None:
-            cluster_serving.stop(client.dashboard)
+            _stop_serving(client, settings, wait)
         stopped = local.stop(settings)
     if as_json:
         print_json({"stopped": stopped})
@@ -100,6 +130,23 @@ def down(
         console().print(f"Serving is stopped; the cluster at {settings.ray_address} goes on.")
     else:
         console().print("The local Ray is stopped." if stopped else "No local Ray was running.")
+
+
+def _stop_serving(client: RayJobClient, settings: Settings, wait: float | None) -> None:
+    """
+    Args:
+        wait: seconds for answers that have begun; None: cut them.
+    """
+    from cluster import serving as cluster_serving
+    from orchestrator.errors import ClusterError
+    from orchestrator.store import Store
+
+    if wait is not None:
+        try:
+            serving.drain(client, settings, Store(settings.store), wait)
+        except ClusterError as error:  # a server that does not even answer this has nothing to be waited for
+            say(str(error))
+    cluster_serving.stop(client.dashboard)
 
 
 def status(as_json: Json = False) -> None:
@@ -112,6 +159,8 @@ def status(as_json: Json = False) -> None:
     client = cluster.connect_if_running(settings)
     if client is not None:
         found = cluster_serving.find(client.dashboard, serving.APPLICATION)
+        if found is not None and (key := settings.metrics_key):
+            found = cluster_serving.with_loads(found, key)
         _print(_facts(client, settings, found), as_json)
     elif as_json:
         print_json({"running": False})
@@ -184,7 +233,20 @@ def _served(application: dict[str, Any] | None) -> list[tuple[str, str]]:
         return [("serving", "nothing; `adaptory up` starts it")]
     running = application["status"] == "RUNNING"
     state = application["url"] if running else f"{application['status'].lower()}: {application['message']}"
-    return [("serving", state)] + [
-        ("", f"{each['name']}: {', '.join(f'{n} {state.lower()}' for state, n in each['replicas'].items())}")
-        for each in application["deployments"]
-    ]
+    lines = [("serving", state)]
+    for deployment in application["deployments"]:
+        states = Counter(replica["state"].lower() for replica in deployment["replicas"])
+        counted = ", ".join(f"{n} {state}" for state, n in sorted(states.items())) or "none while nobody asks"
+        model = f" ({deployment['model']})" if deployment["model"] else ""
+        lines.append(("", f"{deployment['name']}{model}: {counted}"))
+        lines += [("", f"  {r['id']}: {_load(r['load'])}") for r in deployment["replicas"] if r["load"]]
+    return lines
+
+
+def _load(load: dict[str, Any]) -> str:
+    waiting = f"{load['waiting']} waiting ({load['waiting_tokens']:,} tokens)"
+    cache = (
+        f"cache {load['cache_tokens_used']:,} of {load['cache_tokens']:,} tokens ({load['cache_bytes'] >> 20:,} MiB)"
+    )
+    adapters = f"{len(load['adapters'])} adapters ({load['adapter_bytes'] >> 20:,} MiB)"
+    return f"{load['running']} answering, {waiting}, {cache}, {adapters}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 from enum import StrEnum
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.commands.backend import Backend, complete_route, complete_tenant
+from orchestrator.commands.backend import Backend, complete_route, complete_tenant, complete_version
 from orchestrator.commands.output import Json, console, fields, moment, number, print_json, say, short_moment, table
 
 if TYPE_CHECKING:
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(metavar="ROUTE", help="TENANT/NAME.", autocompletion=complete_route)]
+
+
+def complete_fallback(incomplete: str) -> list[str]:
+    words = [word for word in ("none", "base", "previous") if word.startswith(incomplete)]
+    return words + complete_version(incomplete)
 
 
 class Part(StrEnum):
@@ -111,12 +117,18 @@ def set_(
     adapter: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="REF[=WEIGHT]", help="acme/intents@production, @3 or @sha256:…; repeat to share the users."
+            metavar="REF[=WEIGHT]",
+            help="acme/intents@production, @3 or @sha256:…; repeat to share the users.",
+            autocompletion=complete_version,
         ),
     ] = None,
     fallback: Annotated[
         list[str] | None,
-        typer.Option(metavar="none|base|REF", help="Who answers when the adapter cannot; repeat for an order."),
+        typer.Option(
+            metavar="none|base|previous|REF",
+            help="Who answers when the adapter cannot; repeat for an order.",
+            autocompletion=complete_fallback,
+        ),
     ] = None,
     base: Annotated[
         str | None, typer.Option(metavar="NAME", help="Base model; default the one its adapters were trained on.")
@@ -141,6 +153,7 @@ def set_(
     """Make a route, or change what is named of it; the rest stays. Serving follows within two seconds."""
     from orchestrator.errors import RouteInvalid
     from orchestrator.names import QualifiedName
+    from orchestrator.registry.resolving import resolve_references
     from orchestrator.routing.config import parse_config
     from orchestrator.routing.repository import find_route, save_route
 
@@ -169,7 +182,14 @@ def set_(
     for part, value in changes.items():
         _put(values, _PLACES[part], value)
     config = parse_config(route, values)
-    saved = save_route(backend.db, route, config, actor=backend.actor, expected=now.revision if now else 0)
+    saved = save_route(
+        backend.db,
+        route,
+        config,
+        actor=backend.actor,
+        expected=now.revision if now else 0,
+        resolver=functools.partial(resolve_references, backend.db),
+    )
     _said(saved, "says already" if now and saved.revision == now.revision else "says now", as_json)
 
 
@@ -179,13 +199,32 @@ def rollback(
     to: Annotated[int | None, typer.Option(min=1, help="Revision; default the one before the present.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Bring back what an earlier revision said, as a new revision. Twice goes back twice."""
+    """Bring back what an earlier revision said, or a route that was deleted. Twice goes back twice."""
     from orchestrator.names import QualifiedName
     from orchestrator.routing.repository import rollback as back
 
     backend = Backend()
     saved = back(backend.db, QualifiedName.parse(name), actor=backend.actor, to=to)
     _said(saved, f"is back at revision {saved.restores or saved.revision} and says", as_json)
+
+
+@app.command("delete", epilog="Example: adaptory routes delete acme/intents")
+def delete(
+    name: Name,
+    expect: Annotated[int | None, typer.Option(min=1, help="Only if this revision is in force.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Take a route away. Its adapters stay, and so does its history: rollback brings it back."""
+    from orchestrator.names import QualifiedName
+    from orchestrator.routing.repository import delete_route
+
+    backend = Backend()
+    gone = delete_route(backend.db, QualifiedName.parse(name), actor=backend.actor, expected=expect)
+    if as_json:
+        print_json({"deleted": True, **_facts(gone)})
+        return
+    console().print(f"Route {name} is deleted; within two seconds it answers nobody any more.", soft_wrap=True)
+    say(f"This brings it back: adaptory routes rollback {name}")
 
 
 # --- reading what was typed -----------------------------------------------------------------------------------------

@@ -9,15 +9,16 @@ import socket
 import time
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.commands.output import say
-from orchestrator.errors import ClusterError
+from orchestrator.errors import ClusterError, UsageError
 
 if TYPE_CHECKING:
     from cluster.jobs import RayJobClient
     from cluster.serving import Application
     from orchestrator.db import Database
+    from orchestrator.registry.signing import Keys
     from orchestrator.settings import Settings
     from orchestrator.store import Store
     from orchestrator.tenants.keys import IssuedKey
@@ -50,6 +51,10 @@ def start(
     port: int | None,
     dtype: str,
     engine: EngineName,
+    keys: Keys,
+    replicas: str = "1",
+    idle_seconds: float = 300.0,
+    gateways: int = 1,
 ) -> Application:
     """Deploy the application, or change what runs to what is asked for; returns when it answers.
 
@@ -57,13 +62,21 @@ def start(
         bases: references of base models; none: those that adapters were trained on.
         port: None: that which it has, else the first that is free.
         dtype: of weights and caches: `bfloat16` or `float32`.
+        keys: adapters that these have signed are served, others refused. Only public keys leave this machine.
+        replicas: of each engine, `2` or `1:4`.
+        idle_seconds: after which the last replica goes, where there may be none.
+        gateways: processes that answer HTTP requests.
 
     Raises:
+        UsageError: `replicas` is neither.
         ClusterError: it cannot be deployed; the message says why.
-        SettingsError: vLLM is asked for, and its environment is not there.
+        SettingsError: vLLM is asked for, and its environment is not there; or several gateways over SQLite.
+        KeyUnusable: the signing key or a trusted one cannot be read.
     """
     from cluster import serving
 
+    scale = parse_replicas(replicas)
+    settings.check_gateways(gateways)
     now = serving.find(client.dashboard, APPLICATION)
     if now is not None and port not in (None, _port(now.url)):
         raise ClusterError(
@@ -72,18 +85,61 @@ def start(
     references = list(bases) or trained_bases(db) or [DEFAULT_BASE]
     port = port or (_port(now.url) if now else FIRST_PORT if settings.remote else _free_port())
     chosen = _engine(engine, settings)
-    plan = {"port": port, "dtype": dtype, "models": [_model(each) | chosen for each in references]}
-    command = shlex.join(["python", "-m", "serving", "--plan", json.dumps(plan)])
-    if now is not None and now.running and client.newest(_JOB) == command:
+    plan = {
+        "port": port,
+        "dtype": dtype,
+        "gateways": gateways,
+        "models": [_model(each) | chosen | {"replicas": scale} for each in references],
+        "idle_seconds": idle_seconds,
+        "trusted_keys": _trusted(keys),
+    }
+    if now is not None and now.running and client.newest(_JOB) == _command(plan):
         return now
     say(f"Starting to serve {', '.join(references)} (a minute or so; `adaptory down` stops it)…")
-    job = f"{_JOB}{secrets.token_hex(4)}"
-    client.submit(job, command, env=_environment(settings, store), metadata={"adaptory": "serving"})
-    _wait(client, job)
+    return deploy(client, settings, store, plan)
+
+
+def deploy(client: RayJobClient, settings: Settings, store: Store, plan: dict[str, Any]) -> Application:
+    """Have a `serving.plan.Plan` on the cluster; returns when it answers.
+
+    Raises:
+        ClusterError: it cannot be deployed; the message says why.
+    """
+    from cluster import serving
+
+    _run(client, settings, store, _JOB, _command(plan), failing="Serving cannot start")
     started = serving.find(client.dashboard, APPLICATION)
     if started is None or not started.running:
         raise ClusterError(f"Serving was deployed and does not run: {started.message if started else 'it is gone'}.")
     return started
+
+
+def drain(client: RayJobClient, settings: Settings, store: Store, seconds: float) -> None:
+    """Have the gateways refuse what is new, and wait for what they had begun, at most so long.
+
+    Raises:
+        ClusterError: they cannot be asked.
+    """
+    say(f"Waiting for what is being answered, at most {seconds:g} s (`--force` does not)…")
+    command = shlex.join(["python", "-m", "serving", "--drain", f"{seconds:g}"])
+    _run(client, settings, store, "drain-", command, failing="Serving cannot be drained")
+
+
+def parse_replicas(text: str) -> dict[str, int]:
+    """
+    Raises:
+        UsageError: neither a number nor two with a colon between.
+    """
+    least, colon, most = text.partition(":")
+    try:
+        found = {"min": int(least), "max": int(most if colon else least)}
+    except ValueError:
+        found = {"min": 0, "max": -1}
+    if not 0 <= found["min"] <= found["max"] or not found["max"]:
+        raise UsageError(
+            f"{text!r} is no number of replicas.", hint="Write 2 for two, 1:4 for one to four, 0:2 for none while idle."
+        )
+    return found
 
 
 def first_key(db: Database, tenant: str, *, actor: str) -> IssuedKey | None:
@@ -99,7 +155,7 @@ def first_key(db: Database, tenant: str, *, actor: str) -> IssuedKey | None:
 
 def metrics_key(settings: Settings) -> str:
     """The file with the key that Prometheus shows at /metrics, made on first use; a local gateway reads it there."""
-    file = settings.keys / "metrics_key"
+    file = settings.metrics_key_file
     if not file.exists():
         settings.keys.mkdir(mode=0o700, parents=True, exist_ok=True)
         file.touch(mode=0o600)
@@ -115,8 +171,14 @@ def trained_bases(db: Database) -> list[str]:
 
     with db.read() as session:
         rows = session.execute(select(AdapterRow.base_digest, AdapterRow.provenance).order_by(AdapterRow.created_at))
-        found = {digest: (provenance.get("base_model") or {}).get("reference") for digest, provenance in rows if digest}
+        found = {digest: _base_reference(provenance) for digest, provenance in rows if digest}
     return [reference for reference in found.values() if reference]
+
+
+def _base_reference(provenance: dict[str, Any]) -> str | None:
+    """In what is published the summary's short form covers the provenance's record; an adapter without a summary has that."""
+    base = provenance.get("base_model")
+    return base.get("reference") if isinstance(base, dict) else base
 
 
 # --- details --------------------------------------------------------------------------------------------------------
@@ -131,6 +193,10 @@ def _engine(name: EngineName, settings: Settings) -> dict[str, dict[str, str]]:
     return {"engine": {"type": name, "python": vllm_python(settings)}}
 
 
+def _command(plan: dict[str, Any]) -> str:
+    return shlex.join(["python", "-m", "serving", "--plan", json.dumps(plan)])
+
+
 def _model(reference: str) -> dict[str, str]:
     """What clients call it: its name in the catalogue or on the hub, a directory's last part."""
     from orchestrator.modeling.catalogue import CATALOGUE
@@ -139,6 +205,12 @@ def _model(reference: str) -> dict[str, str]:
     plain = reference.removesuffix("/").removesuffix(".gguf")
     name = names.get(reference, plain.rpartition("/")[2] if plain.startswith(("/", ".", "~", "s3:")) else plain)
     return {"name": name, "reference": reference}
+
+
+def _trusted(keys: Keys) -> list[str]:
+    """With our own, made now if it is new: what is trained or imported later is signed by it, and is to be served."""
+    keys.public()
+    return [key.decode() for key in keys.trust().keys]
 
 
 def _environment(settings: Settings, store: Store) -> dict[str, str]:
@@ -151,7 +223,17 @@ def _environment(settings: Settings, store: Store) -> dict[str, str]:
     return job_env(settings, store) | ({} if secret else {"ADAPTORY_DATABASE_URL": settings.database})
 
 
-def _wait(client: RayJobClient, job: str) -> None:
+def _run(client: RayJobClient, settings: Settings, store: Store, prefix: str, command: str, failing: str) -> None:
+    """
+    Raises:
+        ClusterError: the job fails; it begins with `failing`.
+    """
+    job = f"{prefix}{secrets.token_hex(4)}"
+    client.submit(job, command, env=_environment(settings, store), metadata={"adaptory": "serving"})
+    _wait(client, job, failing)
+
+
+def _wait(client: RayJobClient, job: str, failing: str) -> None:
     from orchestrator.runs.client import JobStatus
 
     told = 0
@@ -168,7 +250,7 @@ def _wait(client: RayJobClient, job: str) -> None:
     if state[0] is not JobStatus.SUCCEEDED:
         telling = [line for line in lines if "Error" in line]
         raise ClusterError(
-            f"Serving cannot start: {(telling or lines or [state[1]])[-1][:500]}",
+            f"{failing}: {(telling or lines or [state[1]])[-1][:500]}",
             hint=f"The whole output is in Ray's dashboard, under job {job}.",
             job=job,
         )

@@ -41,9 +41,10 @@ def list_(as_json: Json = False) -> None:
         say("There are no tenants. The first run adds one, and so does: adaptory tenants add acme")
         return
     limits = ("requests/min", "tokens/min", "at once")
-    result = table("tenant", *limits, "created", right=limits, whole=("tenant", "created"))
+    result = table("tenant", *limits, "created", "", right=limits, whole=("tenant", "created"))
     for tenant in found:
-        result.add_row(tenant.name, *(_limit(value) for _, value in tenant.quota), short_moment(tenant.created_at))
+        quota, state = (_limit(value) for _, value in tenant.quota), "disabled" if tenant.disabled_at else ""
+        result.add_row(tenant.name, *quota, short_moment(tenant.created_at), state)
     console().print(result)
 
 
@@ -60,6 +61,7 @@ def show(name: Name, as_json: Json = False) -> None:
         print_json({**tenant.model_dump(mode="json"), "keys": shown})
         return
     pairs: list[tuple[str, Any]] = [("created", moment(tenant.created_at)), *_quota(tenant.quota)]
+    pairs.append(("disabled since", moment(tenant.disabled_at)))
     pairs.append(("keys", "\n".join(f"{key.prefix}…  {key.name}, {key.state().value}" for key in keys) or "none"))
     console().print(fields(pairs, title=f"Tenant {tenant.name}"))
 
@@ -100,6 +102,43 @@ def set_(
         )
     backend = Backend()
     _said(set_quota(backend.db, name, changes, actor=backend.actor), "is changed", as_json)
+
+
+@app.command("disable", epilog="Example: adaptory tenants disable acme")
+def disable(name: Name, as_json: Json = False) -> None:
+    """Refuse a tenant's keys from the next request on; everything it owns is kept, and enable undoes it."""
+    from orchestrator.tenants.tenant import disable_tenant
+
+    backend = Backend()
+    _said(disable_tenant(backend.db, name, actor=backend.actor), "is disabled: its keys are refused", as_json)
+
+
+@app.command("enable", epilog="Example: adaptory tenants enable acme")
+def enable(name: Name, as_json: Json = False) -> None:
+    """Let a disabled tenant's keys work again."""
+    from orchestrator.tenants.tenant import enable_tenant
+
+    backend = Backend()
+    _said(enable_tenant(backend.db, name, actor=backend.actor), "is enabled", as_json)
+
+
+@app.command("delete", epilog="Example: adaptory tenants delete acme")
+def delete(
+    name: Name,
+    forget_usage: Annotated[
+        bool, typer.Option("--forget-usage", help="Also one that has used something: its usage is lost.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete a tenant without routes, keys in use, adapters and runs. One that has some can be disabled."""
+    from orchestrator.tenants.deletion import delete_tenant
+
+    backend = Backend()
+    gone = delete_tenant(backend.db, name, actor=backend.actor, forget_usage=forget_usage)
+    if as_json:
+        print_json({"deleted": True, **gone.model_dump(mode="json")})
+    else:
+        console().print(f"Tenant {gone.name} is deleted.")
 
 
 def _changes(requests: str | None, tokens: str | None, concurrent: str | None) -> dict[str, int | None]:

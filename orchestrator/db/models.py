@@ -50,6 +50,8 @@ class TenantRow(Base):
     tokens_per_minute: Mapped[int | None]
     concurrent_requests: Mapped[int | None]
     """Quotas; null is without limit."""
+    disabled_at: Mapped[float | None] = mapped_column(Double)
+    """Since when its keys are refused; null while they are not."""
 
 
 class RunRow(Base):
@@ -125,14 +127,15 @@ class SegmentRow(Base):
 
 
 class AdapterRow(Base):
-    """An adapter that a run published; the bytes and the truth are in the store. Two tenants may train equal weights."""
+    """An adapter that was published; the bytes and the truth are in the store. Two tenants may train equal weights."""
 
     __tablename__ = "adapters"
 
     tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"), primary_key=True)
     digest: Mapped[str] = mapped_column(String(80), primary_key=True)
     name: Mapped[str] = mapped_column(String(63))
-    run_id: Mapped[str] = mapped_column(String(80))
+    run_id: Mapped[str | None] = mapped_column(String(80))
+    """Null for an adapter that was trained elsewhere."""
     base_digest: Mapped[str | None] = mapped_column(String(80))
     rank: Mapped[int | None]
     created_at: Mapped[float] = mapped_column(Double)
@@ -171,6 +174,8 @@ class AdapterAliasRow(Base):
     name: Mapped[str] = mapped_column(String(63), primary_key=True)
     alias: Mapped[str] = mapped_column(String(63), primary_key=True)
     number: Mapped[int]
+    previous: Mapped[int | None]
+    """The version that it named before it came to this one; a move back leads to what was before that, too."""
     updated_at: Mapped[float] = mapped_column(Double)
 
     __table_args__ = (
@@ -315,6 +320,7 @@ class RouteRow(Base):
     tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"), primary_key=True)
     name: Mapped[str] = mapped_column(String(63), primary_key=True)
     revision: Mapped[int]
+    """0: it is deleted; its revisions are kept, so that it can be brought back."""
     created_at: Mapped[float] = mapped_column(Double)
 
 

@@ -11,8 +11,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from orchestrator.db import Database
+from orchestrator.db.inserts import insert_or_ignore
+from orchestrator.db.models import AdapterRow
 from orchestrator.errors import AdapterError
 from orchestrator.modeling.adapter_files import (
     CONFIG_FILE,
@@ -24,7 +27,7 @@ from orchestrator.modeling.adapter_files import (
 from orchestrator.modeling.base_model import known_base, materialize
 from orchestrator.modeling.model_files import read_config
 from orchestrator.registry import versions
-from orchestrator.registry.adapters import publish_adapter
+from orchestrator.registry.adapters import AdapterSummary, lora_summary, publish_adapter
 from orchestrator.registry.intake import publishing_alone
 from orchestrator.registry.provenance import BaseModelRecord, ImportRecord, Provenance
 from orchestrator.registry.signing import Keys
@@ -84,8 +87,20 @@ def import_adapter(
         with publishing_alone(db, digest):
             publish_adapter(store, files, record.digest, provenance, base=path, keys=keys)
             sign_published(store, digest, keys, base=path)  # one that a job has published before is not signed yet
+        summary = lora_summary(files, digest, provenance)
     with db.write() as session:
-        return versions.register(session, name.tenant, name.name, digest, actor=actor)
+        version = versions.register(session, name.tenant, name.name, digest, actor=actor)
+        session.execute(insert_or_ignore(session, AdapterRow).values(**_row(summary, provenance)))
+        return version
+
+
+def _row(summary: AdapterSummary, provenance: Provenance) -> dict[str, Any]:
+    """What the database remembers of it; of equal weights that a run of this tenant's published, it does already."""
+    return {
+        **summary.model_dump(include={"tenant", "digest", "name", "base_digest", "rank", "created_at"}),
+        "metrics": {},
+        "provenance": provenance.model_dump(mode="json") | summary.model_dump(mode="json"),
+    }
 
 
 def _copy(directory: Path, files: Path) -> None:

@@ -131,6 +131,11 @@ class Trust:
         return signer
 
 
+def get_ready() -> None:
+    """Import what `Trust.verify` needs, so that the first adapter does not wait for it."""
+    import model_signing.verifying  # noqa: F401
+
+
 def fingerprint(public: bytes) -> str:
     """SHA-256 of the PEM, by which a signature names its key."""
     return hashlib.sha256(public).hexdigest()

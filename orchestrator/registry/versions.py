@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from orchestrator.db import Database, audit, counters
 from orchestrator.db.inserts import insert_or_ignore
-from orchestrator.db.models import AdapterAliasRow, AdapterVersionRow, TenantRow
+from orchestrator.db.models import AdapterAliasRow, AdapterVersionRow, AuditRow, TenantRow
 from orchestrator.errors import AdapterError, AdapterNotFound, AliasMoved
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,61}[a-z0-9]|[a-z0-9]")  # as the names of runs and tenants in a job spec
@@ -216,8 +216,20 @@ def _move(db: Database, version: AdapterVersion, alias: str, actor: str, expect:
             else:
                 session.execute(update(AdapterAliasRow).where(*where).values(**values))
             audit.record(session, actor, "alias.move", subject, before, version.number)
+            session.execute(update(AdapterAliasRow).where(*where).values(previous=_previous(session, subject)))
             counters.advance(session, counters.ROUTING)
     return AliasMove(alias=subject, before=before, after=version.number)
+
+
+def _previous(session: Session, alias: str) -> int | None:
+    """The version that the alias named before it came to its present one. Going back to a version forgets what came after
+    it: nobody wants to fall back to what was just taken out of service."""
+    moves = select(AuditRow.before, AuditRow.after).where(AuditRow.subject == alias, AuditRow.action == "alias.move")
+    way: list[int] = []
+    for before, after in session.execute(moves.order_by(AuditRow.seq)):
+        way = [] if before is None else way  # a new life under an old name
+        way = [*way[: way.index(after)], after] if after in way else [*way, after]
+    return way[-2] if len(way) > 1 else None
 
 
 def history(db: Database, reference: Reference, *, limit: int | None = None) -> list[audit.Entry]:

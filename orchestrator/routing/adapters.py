@@ -1,4 +1,4 @@
-"""What routing has to know of adapters, as one function: the registry has it, and is handed in."""
+"""What routing has to know of adapters, as one function: the registry has it (`registry.resolving`), and is handed in."""
 
 from __future__ import annotations
 
@@ -9,9 +9,19 @@ from orchestrator.names import AdapterReference
 
 
 @dataclass(frozen=True, slots=True)
+class PreviousVersion:
+    reference: str
+    """`acme/intents@2`."""
+    digest: str
+    base_digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class ResolvedAdapter:
     digest: str
     base_digest: str
+    previous: PreviousVersion | None = None
+    """What an alias named before it came to this one; of a number or a digest, the version before it."""
 
 
 Resolver = Callable[[Collection[AdapterReference]], Mapping[AdapterReference, ResolvedAdapter]]

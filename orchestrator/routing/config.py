@@ -14,6 +14,9 @@ from orchestrator.names import AdapterReference, QualifiedName, cut, shown
 BASE = "base"
 """In a route's fallbacks: the base model, without an adapter."""
 
+PREVIOUS = "previous"
+"""In a route's fallbacks: the version before that which cannot answer."""
+
 MOST_BYTES = 65_536
 """Of a system prompt or a JSON schema: every request of the route carries it."""
 
@@ -30,7 +33,7 @@ def _reference(text: Any) -> str:
 
 
 def _fallback(text: Any) -> str:
-    return text if text == BASE else _reference(text)
+    return text if text in (BASE, PREVIOUS) else _reference(text)
 
 
 def _canonical(value: Any) -> str:
@@ -100,7 +103,8 @@ class RouteConfig(_Part):
     """Public name of the base; None: the one that the adapters were trained on."""
 
     fallback: Annotated[tuple[Fallback, ...], Field(max_length=4)] = ()
-    """Who answers when the chosen adapter cannot, in this order: `base`, or an adapter version. Empty: nobody."""
+    """Who answers when the chosen adapter cannot, in this order: `base`, `previous` (of an alias, what it named before; of a
+    number or a digest, the version before it), or an adapter version. Empty: nobody."""
 
     defaults: Defaults = Defaults()
 
@@ -115,12 +119,17 @@ class RouteConfig(_Part):
             raise ValueError("a fallback is named twice")
         if not self.adapters and BASE in self.fallback:
             raise ValueError("the route is the base model already, so it cannot fall back to it")
+        if not self.adapters and PREVIOUS in self.fallback:
+            raise ValueError("the route is the base model, of which there is no previous version")
         return self
 
     @property
     def references(self) -> tuple[AdapterReference, ...]:
         """Every adapter that it names."""
-        named = [*(arm.adapter for arm in self.adapters), *(name for name in self.fallback if name != BASE)]
+        named = [
+            *(arm.adapter for arm in self.adapters),
+            *(name for name in self.fallback if name not in (BASE, PREVIOUS)),
+        ]
         return tuple(AdapterReference.parse(name) for name in dict.fromkeys(named))
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from orchestrator.db import Database, counters
 from orchestrator.errors import InvalidName, ModelNotFound, ModelUnavailable, RouteInvalid
 from orchestrator.names import AdapterReference, cut, shown
-from orchestrator.routing.adapters import ResolvedAdapter, Resolver
+from orchestrator.routing.adapters import PreviousVersion, ResolvedAdapter, Resolver
 from orchestrator.routing.choosing import choose
-from orchestrator.routing.config import BASE, Defaults, RouteConfig, parse_config
+from orchestrator.routing.config import BASE, PREVIOUS, Defaults, RouteConfig, parse_config
 from orchestrator.routing.repository import Route, current_routes
 
 KEPT_VERSIONS = 4096
@@ -194,28 +194,34 @@ def _compile(
     reasons: list[str] = []
     base = _base_of(config, found, bases, reasons)
 
-    def choice(reference: str, *, fallback: bool) -> Choice | None:
+    def choice(reference: str, *, instead_of: str | None = None) -> Choice | None:
         if base is None:
             return None
         if reference == BASE:
-            return Choice(BASE, None, *base, fallback=fallback)
-        adapter = found.get(AdapterReference.parse(reference))
+            return Choice(BASE, None, *base, fallback=instead_of is not None)
+        adapter: ResolvedAdapter | PreviousVersion | None
+        if reference == PREVIOUS and instead_of is not None:
+            named = found.get(AdapterReference.parse(instead_of))
+            adapter = named.previous if named else None
+            reference = adapter.reference if adapter else f"version before {instead_of}"
+        else:
+            adapter = found.get(AdapterReference.parse(reference))
         if adapter is None:
             reasons.append(f"there is no {reference}")
         elif adapter.base_digest != base[1]:
             reasons.append(f"{reference} belongs to another base model than {base[0]}")
         else:
-            return Choice(reference, adapter.digest, *base, fallback=fallback)
+            return Choice(reference, adapter.digest, *base, fallback=instead_of is not None)
         return None
 
     arms = tuple((arm.adapter, arm.weight) for arm in config.adapters) or ((BASE, 1),)
-    fallbacks = [made for each in config.fallback if (made := choice(each, fallback=True))]
     targets = []
     for reference, _ in arms:
-        first = choice(reference, fallback=False)
-        others = [each for each in fallbacks if first is None or each.adapter != first.adapter]
-        choices = tuple([first, *others] if first else others)
-        targets.append(Target(name, choices, config.defaults, revision) if choices else None)
+        choices: dict[str | None, Choice] = {}  # by adapter: who has failed once is not asked again
+        for made in (choice(reference), *(choice(each, instead_of=reference) for each in config.fallback)):
+            if made is not None:
+                choices.setdefault(made.adapter, made)
+        targets.append(Target(name, tuple(choices.values()), config.defaults, revision) if choices else None)
     return _Compiled(revision, arms, tuple(targets), tuple(dict.fromkeys(reasons)))
 
 

@@ -63,7 +63,7 @@ class AdapterRecord(_Record):
     tenant: str
     digest: str
     name: str
-    run_id: str
+    run_id: str | None
     base_digest: str | None
     rank: int | None
     created_at: float

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -101,23 +101,36 @@ class Principal:
 
 
 def authenticate(db: Database, presented: str) -> Principal:
-    """Who has this key. One query by primary key, so that a revoked key and a changed quota count from the next request on.
+    """Who has this key. One query by primary key, so that a revoked key, a disabled tenant and a changed quota count from the
+    next request on.
 
     Raises:
-        ApiKeyRefused: it is no valid key. Only who holds the whole key learns that it has expired or was revoked.
+        ApiKeyRefused: it is no valid key. Only who holds the whole key learns that it has expired or was revoked, or that
+            its tenant is disabled.
     """
     if not secrets.is_key(presented):
         raise _refused("This is no API key.")
-    query = select(ApiKeyRow, TenantRow).join(TenantRow, TenantRow.name == ApiKeyRow.tenant)
     with db.read() as session:
-        found = session.execute(query.where(ApiKeyRow.id == secrets.key_id(presented))).one_or_none()
+        found = session.execute(_BY_ID, {"id": secrets.key_id(presented)}).one_or_none()
         if not secrets.matches(presented, found[0].hash if found else None) or found is None:
             raise _refused("This API key is not known.")
         key, tenant = ApiKey.model_validate(found[0]), tenant_of(found[1])
     if (state := key.state()) in (KeyState.EXPIRED, KeyState.REVOKED):
         ended = "has expired" if state is KeyState.EXPIRED else "was revoked"
         raise _refused(f"The API key {key.prefix}… {ended}.", key=key.id)
+    if tenant.disabled_at is not None:
+        raise ApiKeyRefused(
+            f"The tenant {tenant.name} is disabled.", hint="Ask whoever runs this endpoint.", key=key.id
+        )
     return Principal(tenant, key.id, key.name, frozenset(key.scopes))
+
+
+_BY_ID = (
+    select(ApiKeyRow, TenantRow)
+    .join(TenantRow, TenantRow.name == ApiKeyRow.tenant)
+    .where(ApiKeyRow.id == bindparam("id"))
+)
+"""Built once: a third of the time of a query is in that."""
 
 
 def _refused(message: str, **context: Any) -> ApiKeyRefused:

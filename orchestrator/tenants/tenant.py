@@ -25,6 +25,8 @@ class Tenant(BaseModel):
     quota: Quota
     created_at: float
     """Seconds since the epoch."""
+    disabled_at: float | None = None
+    """Since when its keys are refused; None while they are not."""
 
 
 def list_tenants(db: Database) -> list[Tenant]:
@@ -93,6 +95,34 @@ def set_quota(db: Database, name: str, changes: dict[str, int | None], *, actor:
         return tenant_of(row)
 
 
+def disable_tenant(db: Database, name: str, *, actor: str) -> Tenant:
+    """Refuse the tenant's keys from the next request on; nothing else of it changes. Again changes nothing.
+
+    Raises:
+        TenantNotFound
+    """
+    return _switch(db, name, time.time(), "tenant.disable", actor)
+
+
+def enable_tenant(db: Database, name: str, *, actor: str) -> Tenant:
+    """Undo `disable_tenant`: those of its keys that are valid by themselves work again.
+
+    Raises:
+        TenantNotFound
+    """
+    return _switch(db, name, None, "tenant.enable", actor)
+
+
+def _switch(db: Database, name: str, disabled_at: float | None, action: str, actor: str) -> Tenant:
+    with db.write() as session:
+        row = tenant_row(session, name, lock=True)
+        before = row.disabled_at
+        if (before is None) != (disabled_at is None):
+            row.disabled_at = disabled_at
+            changed(session, actor, action, name, before={"disabled_at": before}, after={"disabled_at": disabled_at})
+        return tenant_of(row)
+
+
 def tenant_row(session: Session, name: str, *, lock: bool = False) -> TenantRow:
     """
     Raises:
@@ -112,7 +142,7 @@ def tenant_row(session: Session, name: str, *, lock: bool = False) -> TenantRow:
 
 def tenant_of(row: TenantRow) -> Tenant:
     limits = {limit: getattr(row, limit) for limit in Quota.model_fields}
-    return Tenant(name=row.name, quota=Quota(**limits), created_at=row.created_at)
+    return Tenant(name=row.name, quota=Quota(**limits), created_at=row.created_at, disabled_at=row.disabled_at)
 
 
 def _new(session: Session, name: str, quota: Quota) -> TenantRow | None:

@@ -17,7 +17,7 @@ from sqlalchemy import delete, func, select
 from orchestrator.db import Database
 from orchestrator.db.inserts import insert
 from orchestrator.db.leases import new_holder
-from orchestrator.db.models import UsageRow, UsageWriterRow
+from orchestrator.db.models import TenantRow, UsageRow, UsageWriterRow
 
 HOUR = 3600
 FORGET_WRITERS = 30 * 24 * HOUR
@@ -106,7 +106,12 @@ def store_batch(db: Database, batch: UsageBatch) -> bool:
             return False
         if batch.number == 1:
             session.execute(delete(UsageWriterRow).where(UsageWriterRow.written_at < now - FORGET_WRITERS))
+        there = set(
+            session.scalars(select(TenantRow.name).where(TenantRow.name.in_({k.tenant for k in batch.amounts})))
+        )
         for key, amount in sorted(batch.amounts.items()):  # one order for all writers, so that none waits in a circle
+            if key.tenant not in there:  # deleted while it was answered: nobody is left to charge
+                continue
             add = insert(session, UsageRow).values(**key._asdict(), **amount._asdict())
             more = {name: getattr(UsageRow, name) + value for name, value in amount._asdict().items()}
             session.execute(add.on_conflict_do_update(index_elements=list(UsageKey._fields), set_=more))

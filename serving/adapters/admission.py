@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.errors import AdapterError
+from orchestrator.errors import AdapterError, StoreError
 from orchestrator.modeling.adapter_check import content_problems, refuse
 from orchestrator.modeling.adapter_files import (
     CONFIG_FILE,
@@ -56,8 +56,9 @@ _PATTERNS = 256  # each is tried on each module, and `re` keeps no more than 512
 _TARGETS = 4096
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-Signature = Callable[[Path, str], None]
-"""(directory, digest); raises AdapterError with check `signature`. It runs in the loader's process: it must pickle."""
+Signature = Callable[[Path, str], object]
+"""(directory, digest); raises AdapterError with check `signature`. It runs in the loader's process, so it must pickle, as
+`Trust.verify` of given keys does."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,10 @@ def published(store: Store, digest: str, requirements: Requirements) -> Manifest
     if store.local:
         _check_link(Path(store.full(path)), Path(store.root), digest)
     manifest = store.manifest(path)
+    if manifest is None and store.local and not Path(store.root).is_dir():
+        raise StoreError(
+            f"The store {store.url} is not there.", hint="Mount it again, or restore it.", url=store.url, path=path
+        )
     if manifest is None:
         raise refused("published", digest, "is not in the store", "`adaptory adapters list` shows all.")
     for name in manifest.files:

@@ -76,6 +76,7 @@ class Loader:
             try:
                 store.fetch(adapter_path(digest), directory)
             except CorruptObject as error:
-                raise refused("bytes", digest, f"was changed: {error.message}", error.hint or "") from error
+                what = "has other bytes in the store than its manifest says: they were changed"
+                raise refused("bytes", digest, what, error.hint or "") from error
 
         return Source(sum(entry.size for entry in manifest.files.values()), copy)

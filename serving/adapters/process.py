@@ -26,6 +26,10 @@ from serving.engine.prepared import Prepared
 log = logging.getLogger(__name__)
 
 
+class _LoaderDied(Exception):
+    """Before it had answered."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """An adapter in memory, ready to be installed."""
@@ -74,12 +78,23 @@ class LoaderProcess:
         await asyncio.to_thread(self._running)
 
     async def load(self, digest: str) -> Loaded:
-        """
+        """A process that dies meanwhile is replaced, and asked again: once, for it may be this adapter that kills it.
+
         Raises:
             AdapterError: refused; the `check` says why.
             StoreError: not on the disk, and the store cannot be read.
             AdapterUnavailable: no room, or the process died or hung.
         """
+        try:
+            return await self._load(digest)
+        except _LoaderDied:
+            log.warning("%s is asked of another loader", digest)
+        try:
+            return await self._load(digest)
+        except _LoaderDied as error:
+            raise _unavailable(digest, "was not loaded: the loader died, and another one, too") from error
+
+    async def _load(self, digest: str) -> Loaded:
         child, number = await asyncio.to_thread(self._ask, digest)
         try:
             async with asyncio.timeout(self.patience):
@@ -112,7 +127,7 @@ class LoaderProcess:
                 raise BrokenPipeError
         except OSError as error:
             child.waiting.pop(number, None)
-            raise _unavailable(digest, "was asked of a loader that died") from error
+            raise _LoaderDied from error
         return child, number
 
     def _running(self) -> _Child:
@@ -166,7 +181,7 @@ class LoaderProcess:
             log.warning("the adapters' loader ended with status %s", status)
         for waiting in list(child.waiting.values()):
             if waiting.set_running_or_notify_cancel():
-                waiting.set_exception(AdapterUnavailable("The adapters' loader died.", hint="Ask again."))
+                waiting.set_exception(_LoaderDied())
         for pipe in (child.process.stdin, child.process.stdout):
             with suppress(OSError):
                 assert pipe is not None

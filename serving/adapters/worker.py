@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 
 from orchestrator.errors import AdapterUnavailable, AdaptoryError
+from orchestrator.registry.signing import get_ready
 from serving.adapters.loader import Fetched, Loader, LoaderSettings
 from serving.engine.prepared import Prepared
 
@@ -31,6 +32,8 @@ def main() -> None:
     settings: LoaderSettings = pickle.load(requests)  # noqa: S301 - from the parent
     with contextlib.suppress(OSError):
         os.nice(max(0, settings.niceness - os.getpriority(os.PRIO_PROCESS, 0)))
+    if settings.requirements.signature is not None:
+        get_ready()
     loader, writing = Loader(settings), threading.Lock()
 
     def work(number: int, digest: str) -> None:

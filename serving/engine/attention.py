@@ -83,9 +83,10 @@ class StepAttention:
     Args:
         spans: the sequences of the step, in the batch's order.
         heads_per_key: query heads that share a key.
+        others: so many spans at the beginning are not attended to here (see `serving.engine.fused`).
     """
 
-    def __init__(self, cache: KeyValueCache, spans: Listed[Span], kv_heads: int, heads_per_key: int):
+    def __init__(self, cache: KeyValueCache, spans: Listed[Span], kv_heads: int, heads_per_key: int, others: int = 0):
         self.cache, self.kv_heads, self.heads_per_key = cache, kv_heads, heads_per_key
         self.device = cache.memory.device
         positions = [range(s.length - s.count, s.length) for s in spans]
@@ -98,7 +99,7 @@ class StepAttention:
         """[tokens] of each token in its sequence."""
         self.places = torch.tensor(places, device=self.device)
         """[tokens] where each token's key and value go."""
-        self.groups = self._grouped(spans)
+        self.groups = self._grouped(spans, others)
 
     def __call__(self, layer: int, qkv: Tensor, shape: AttentionShape, window: int | None) -> Tensor:
         self.cache.memory[layer].index_copy_(1, self.places, qkv[:, shape.heads :].transpose(0, 1))
@@ -125,19 +126,19 @@ class StepAttention:
         context = torch.bmm(torch.softmax(scores, -1).to(values.dtype), values)
         return context.view(kv, n, per_key, count, dim).permute(1, 3, 0, 2, 4).reshape(len(qkv), -1)
 
-    def _grouped(self, spans: Listed[Span]) -> list[_Group]:
+    def _grouped(self, spans: Listed[Span], others: int) -> list[_Group]:
         """Sequences that decode, by length so that none is padded to over twice its own; every chunk by itself."""
         starts = [0]
         for span in spans:
             starts.append(starts[-1] + span.count)
         groups: list[list[int]] = []
-        for i in sorted(range(len(spans)), key=lambda i: (spans[i].count, spans[i].length)):
+        for i in sorted(range(others, len(spans)), key=lambda i: (spans[i].count, spans[i].length)):
             first = spans[groups[-1][0]] if groups else None
             if first and spans[i].count == first.count == 1 and spans[i].length <= max(2 * first.length, _SHORT):
                 groups[-1].append(i)
             else:
                 groups.append([i])
-        if len(groups) == 1:
+        if len(groups) == 1 and not others:
             return [_Group(list(spans), None)]
         tokens = [[t for i in sorted(group) for t in range(starts[i], starts[i + 1])] for group in groups]
         return [

@@ -105,6 +105,10 @@ class BlockPool:
             else:
                 self._free.append(block)
 
+    def releasable(self, blocks: Iterable[int]) -> int:
+        """How many of these would become available if one of their holders gave them up."""
+        return sum(self._holders[block] == 1 for block in blocks)
+
     def forget(self, blocks: Iterable[int]) -> None:
         """Never share these again: what they hold is not to be trusted."""
         for block in blocks:

@@ -108,9 +108,7 @@ class EngineCore:
                 return []
             self._cache.clear(self._scheduler.pool.newly_taken())
             batch = self._batch(work)
-            hidden = self.network.hidden(
-                batch.ids, batch.attention.positions, batch.attention, self.network.mixture(batch.segments), batch.keep
-            )
+            hidden = self.network.hidden(batch.ids, batch.attention, batch.segments, batch.keep)
             for done in batch.work:
                 self._scheduler.advance(done)
             chosen = [done.sequence for done in batch.work if len(done.sequence.tokens) == done.sequence.computed]
@@ -145,10 +143,13 @@ class EngineCore:
                 value=len(prompt),
             )
 
-    def add(self, request: GenerateRequest, grammar: GrammarState | None = None) -> None:
+    def add(self, request: GenerateRequest, grammar: GrammarState | None = None) -> list[Delivery]:
         """
         Args:
             grammar: of the request's `response_format`, from `grammars`; None: compiled here if there is one.
+
+        Returns:
+            the end of a request that had to give way: too many wait, and its tenant has more of them than this one.
 
         Raises:
             InvalidRequest: it could never be answered here, or its id is taken.
@@ -160,21 +161,27 @@ class EngineCore:
             raise InvalidRequest(f"A request {request.id!r} is being answered.", field="id", value=request.id)
         if request.adapter is not None and request.adapter not in self.network.adapters:
             raise AdapterNotLoaded(f"The adapter {request.adapter} is not loaded.", adapter=request.adapter)
-        waiting = len(self._scheduler.waiting)
-        if waiting >= self.limits.max_waiting:
-            raise EngineOverloaded(f"{waiting} requests wait already.", hint="Ask again later.", waiting=waiting)
+        queue, surplus = self._scheduler.waiting, None
+        waiting = len(queue)
+        if self._scheduler.full and (surplus := queue.surplus(request.tenant)) is None:
+            raise _overloaded(waiting)
         sampling = request.sampling
         if grammar is None and sampling.response_format is not None:
             grammar = self.grammars.matcher(sampling.response_format)
         answer = Answer(
             request,
-            Sequence(list(request.prompt_ids), request.adapter),
+            Sequence(list(request.prompt_ids), request.adapter, request.tenant),
             secrets.randbits(63) if sampling.seed is None else sampling.seed,
             TextStream(self.tokenizer, sampling.stop),
             grammar,
         )
         self._answers[answer.sequence] = self._by_id[request.id] = answer
         self._scheduler.add(answer.sequence)
+        if surplus is None:
+            return []
+        gone = self._answers[surplus]
+        self._remove(gone)
+        return [Delivery(gone.request.id, None, _overloaded(waiting))]
 
     def abort(self, request_id: str) -> None:
         """Its blocks are free at once."""
@@ -272,6 +279,8 @@ class EngineCore:
             steps=self._steps,
             failed_steps=self._failed_steps,
             step_seconds=self._step_seconds,
+            waiting_tokens=scheduler.unread,
+            cache_bytes=self._cache.memory.nbytes,
         )
 
     # parts of the step
@@ -291,8 +300,8 @@ class EngineCore:
                     keep.append(len(ids) - 1)
             segments.append(Segment(adapter, start, len(ids)))
         spans = [Span(w.sequence.blocks, w.sequence.computed + w.count, w.count) for w in work]
-        a, device = self.network.architecture, self.network.device
-        attention = StepAttention(self._cache, spans, a.num_kv_heads, a.num_heads // a.num_kv_heads)
+        device = self.network.device
+        attention = self.network.attention(self._cache, spans)
         kept = None if len(keep) == len(ids) else torch.tensor(keep or [0], device=device)
         return Batch(work, torch.tensor(ids, device=device), attention, segments, kept)
 
@@ -365,6 +374,10 @@ def answers(core: EngineCore) -> Iterator[Delivery]:
     """Step until every request is answered."""
     while core.busy:
         yield from core.step()
+
+
+def _overloaded(waiting: int) -> EngineOverloaded:
+    return EngineOverloaded(f"{waiting} requests wait already.", hint="Ask again later.", waiting=waiting)
 
 
 def _typed(error: Exception, request: str) -> AdaptoryError:

@@ -1,6 +1,7 @@
 """A base model's linears as they are served: weights packed for few tokens, and many adapters' updates at once.
 
-Two measurements decide how (SmolLM2-135M's shapes, bf16, up to 16 tokens, a CPU with AVX-512):
+On a CPU with a compiler the updates are `serving.engine.fused`'s; here is what a GPU does, and a CPU without one. Two
+measurements decide how (SmolLM2-135M's shapes, bf16, up to 16 tokens, a CPU with AVX-512):
 - A matmul with a plain weight rearranges that weight in every call. oneDNN's packed format halves the time.
 - One pair of matmuls for each adapter costs six times as much as one pair for all adapters of a step side by side, with
   what belongs to another adapter set to zero in between. So neighbouring segments form a patch as long as the product
@@ -29,7 +30,7 @@ class Update:
     a: Tensor
     """[rank, in]"""
     b: Tensor
-    """[out, rank], times the adapter's scale."""
+    """[out, rank], times the adapter's scale; its transpose is contiguous."""
 
 
 @dataclass
@@ -83,10 +84,9 @@ class _Stack:
     Args:
         chosen: updates, and which adapter of the patch each belongs to, ordered by projection.
         projections: of the linear.
-        packs: whether its weights can be packed.
     """
 
-    def __init__(self, chosen: Sequence[tuple[Update, int]], projections: Sequence[Projection], packs: bool):
+    def __init__(self, chosen: Sequence[tuple[Update, int]], projections: Sequence[Projection]):
         self.a = torch.cat([update.a for update, _ in chosen])
         """[columns, in]"""
         self.owners = tuple(owner for update, owner in chosen for _ in range(len(update.a)))
@@ -101,38 +101,14 @@ class _Stack:
                 features = slice(projection.start, projection.stop)
                 self.parts.append((features, slice(column, column + len(b)), b))
                 column += len(b)
-        self._out, self._packs, self._uses = projections[-1].stop, packs, 0
-        self._packed: tuple[Tensor, Tensor] | None = None
 
-    def add_to(self, y: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-        """y + (x Aᵀ · mask) Bᵀ; y itself may be changed or not."""
-        self._uses += 1
-        if self._packs and self._uses == _PACK_AFTER:
-            self._packed = self._pack()
-        if self._packed is not None:
-            a, b = self._packed
-            low = packed_linear(x, a, None) if mask is None else packed_linear_with(x, a, mask, "mul")
-            return packed_linear_with(low, b, y, "add")
+    def add_to(self, y: Tensor, x: Tensor, mask: Tensor | None) -> None:
+        """y += (x Aᵀ · mask) Bᵀ"""
         low = x @ self.a.t()
         if mask is not None:
             low.mul_(mask)
         for features, columns, b in self.parts:
             y[:, features].addmm_(low[:, columns], b)
-        return y
-
-    def _pack(self) -> tuple[Tensor, Tensor] | None:
-        """A, and B of all projections as one: zeros where a column belongs to another projection."""
-        whole = self.a.new_zeros(self._out, len(self.a))
-        for features, columns, b in self.parts:
-            whole[features, columns] = b.t()
-        packed_a, packed_b = packed(self.a), packed(whole)
-        if packed_a is None or packed_b is None:
-            return None
-        self.a, self.parts = self.a.new_empty(0), []  # not needed again
-        return packed_a, packed_b
-
-
-_PACK_AFTER = 4  # steps; which adapters share a step changes, and packing costs as much as several uses save
 
 
 class ServedLinear(nn.Module):
@@ -162,7 +138,7 @@ class ServedLinear(nn.Module):
 
     def forward(self, x: Tensor, segments: Sequence[Segment]) -> Tensor:
         """[tokens, in] → [tokens, out]."""
-        y = self._base(x)
+        y = self.base(x)
         if not self._updates:
             return y
         patches = segments.patches if isinstance(segments, Mixture) else Mixture(segments, {}, x.device).patches
@@ -171,18 +147,13 @@ class ServedLinear(nn.Module):
             if stack is None:
                 continue
             mask = patch.mask(stack.owners, x.dtype) if len(patch.slots) > 1 else None
-            if patch.stop - patch.start == len(x):
-                y = stack.add_to(y, x, mask)
-            else:
-                rows = y[patch.start : patch.stop]
-                updated = stack.add_to(rows, x[patch.start : patch.stop], mask)
-                if updated is not rows:
-                    rows.copy_(updated)
+            stack.add_to(y[patch.start : patch.stop], x[patch.start : patch.stop], mask)
         if len(self._stacks) > 2 * len(patches) + 2:  # only what recent steps used is worth its memory
             del self._stacks[next(iter(self._stacks))]
         return y
 
-    def _base(self, x: Tensor) -> Tensor:
+    def base(self, x: Tensor) -> Tensor:
+        """Without adapters: [tokens, in] → [tokens, out]."""
         if self._packed is not None:
             return packed_linear(x, self._packed, self.bias)
         assert self.weight is not None
@@ -203,7 +174,7 @@ class ServedLinear(nn.Module):
         )
         if not chosen:
             return None
-        return _Stack(chosen, self.projections, self._packed is not None)
+        return _Stack(chosen, self.projections)
 
 
 # --- oneDNN's packed weights ----------------------------------------------------------------------------------------
@@ -221,11 +192,6 @@ def packed(weight: Tensor) -> Tensor | None:
     if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TOKENS)
-
-
-def packed_linear_with(x: Tensor, weight: Tensor, other: Tensor, operation: str) -> Tensor:
-    """x Wᵀ, then `add` or `mul` with other ([tokens, out]), in one pass."""
-    return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, None, operation)
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

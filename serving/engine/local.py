@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from orchestrator.errors import EngineStopped
 from serving.engine.core import Delivery, EngineCore
@@ -34,10 +37,13 @@ class LocalEngine:
 
     Args:
         core: from now on only this engine's thread touches it.
+        threads: for torch to compute with; None: as many as the process has cores.
+        died: called when its thread ends though nobody closed it, when everybody who waited has been told.
     """
 
-    def __init__(self, core: EngineCore):
-        self._core = core
+    def __init__(self, core: EngineCore, threads: int | None = None, died: Callable[[], None] | None = None):
+        self._core, self._died = core, died
+        self._threads = threads or len(os.sched_getaffinity(0))
         self._asked: list[Callable[[], None]] = []
         self._wake = threading.Condition()
         self._closing = False
@@ -52,7 +58,7 @@ class LocalEngine:
         grammar = None if format is None else await asyncio.to_thread(self._core.grammars.matcher, format)
 
         def add() -> None:
-            self._core.add(request, grammar)
+            self._tell(self._core.add(request, grammar))
             self._listeners[request.id] = listener
 
         ended = False
@@ -109,19 +115,22 @@ class LocalEngine:
     # the engine's thread
 
     def _run(self) -> None:
+        torch.set_num_threads(self._threads)  # is the calling thread's alone
         try:
             while not self._closing:
                 for do in self._next():
                     do()
                 self._tell(self._core.step())
-        except Exception:  # not of a request, nor of a step: a defect
+        except BaseException:  # not of a request, nor of a step: a defect; whatever it is, none may wait for ever
             log.exception("the engine's thread ends")
         with self._wake:
-            self._closing = True
+            closed, self._closing = self._closing, True
             left, self._asked = self._asked, []
         self._tell(self._core.fail(lambda request: _stopped(request=request)))
         for do in left:  # each finds the engine closing and says so
             do()
+        if self._died is not None and not closed:
+            self._died()
 
     def _next(self) -> list[Callable[[], None]]:
         """What was asked for; waits while there is nothing to do at all."""

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.modeling.adapter_files import read_adapter
-from orchestrator.modeling.attention import Attention
 from orchestrator.modeling.decoder import Decoder, Layer, LayerWeights
 from orchestrator.modeling.lora import FusedLinear, Segment
+from serving.engine.attention import KeyValueCache, Span, StepAttention
+from serving.engine.fused import FusedAttention, FusedNetwork
+from serving.engine.kernels import kernels
 from serving.engine.linears import Mixture, ServedLinear, packed, packed_linear
 from serving.engine.prepared import Adapter, Place, Places, prepare
 
@@ -25,9 +27,10 @@ class ServedNetwork:
     Args:
         model: in evaluation mode.
         pack: whether to pack weights; None: where a CPU has the memory for a second copy of them.
+        fuse: whether to use the kernels of `serving.engine.fused` where there are any.
     """
 
-    def __init__(self, model: Decoder, pack: bool | None = None):
+    def __init__(self, model: Decoder, pack: bool | None = None, *, fuse: bool = True):
         self.architecture = model.architecture
         self.device, self.dtype = model.norm.weight.device, model.norm.weight.dtype
         if pack is None:
@@ -44,12 +47,26 @@ class ServedNetwork:
             for number, p in enumerate(linear.projections)
         }
         self._ranks: dict[str, int] = {}
+        found = kernels(self.dtype, self.device) if fuse else None
+        self._fused = FusedNetwork(found, self._decoder, self._linears) if found else None
 
-    def hidden(
-        self, ids: Tensor, positions: Tensor, attention: Attention, segments: Sequence[Segment], keep: Tensor | None
-    ) -> Tensor:
+    def attention(self, cache: KeyValueCache, spans: Sequence[Span]) -> StepAttention:
+        """
+        Args:
+            spans: the step's sequences, those with a single new token first.
+        """
+        a = self.architecture
+        heads = a.num_kv_heads, a.num_heads // a.num_kv_heads
+        if self._fused is None:
+            return StepAttention(cache, spans, *heads)
+        return FusedAttention(self._fused.kernels, cache, spans, *heads)
+
+    def hidden(self, ids: Tensor, attention: StepAttention, segments: Sequence[Segment], keep: Tensor | None) -> Tensor:
         """As `Decoder.forward`: [tokens] → [kept, hidden_size]."""
-        return self._decoder(ids, positions, attention, segments, keep)
+        if self._fused is not None and isinstance(attention, FusedAttention):
+            return self._fused.hidden(ids, attention, segments, keep)
+        mixture = Mixture(segments, self._ranks, self.device)
+        return self._decoder(ids, attention.positions, attention, mixture, keep)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden_size] → [tokens, vocab], fp32."""
@@ -57,9 +74,6 @@ class ServedNetwork:
             return self._decoder.head(hidden).float()
         logits, softcap = packed_linear(hidden, self._head, None).float(), self.architecture.logit_softcap
         return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
-
-    def mixture(self, segments: Sequence[Segment]) -> Mixture:
-        return Mixture(segments, self._ranks, self.device)
 
     def cache_tokens(self, share: float) -> int:
         """Tokens of a key-value cache that takes this share of the memory that is free now."""
@@ -86,12 +100,16 @@ class ServedNetwork:
         """Between two steps."""
         for name, updates in adapter.items():
             self._linears[name].load(digest, updates)
+        if self._fused is not None:
+            self._fused.install(digest, adapter)
         self._ranks[digest] = max(len(update.a) for updates in adapter.values() for update in updates)
 
     def remove(self, digest: str) -> None:
         """Between two steps."""
         for linear in self._linears.values():
             linear.unload(digest)
+        if self._fused is not None and digest in self._ranks:
+            self._fused.remove(digest)
         self._ranks.pop(digest, None)
 
 

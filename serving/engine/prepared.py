@@ -37,7 +37,7 @@ Places = Mapping[str, Place]
 
 
 class Piece(NamedTuple):
-    """One module's update; in the buffer A [rank, in] and then B [out, rank]."""
+    """One module's update; in the buffer A [rank, in] and then B transposed: [rank, out]."""
 
     place: Place
     rank: int
@@ -59,7 +59,7 @@ class Prepared:
         parts = iter(torch.split(self.buffer.to(device), [n for piece in self.pieces for n in _sizes(piece)]))
         adapter: Adapter = {}
         for (place, rank), a, b in zip(self.pieces, parts, parts, strict=True):
-            update = Update(place.projection, a.view(rank, place.in_features), b.view(place.out_features, rank))
+            update = Update(place.projection, a.view(rank, place.in_features), b.view(rank, place.out_features).t())
             adapter.setdefault(place.linear, []).append(update)
         return adapter
 
@@ -82,7 +82,7 @@ def prepare(
     parts = iter(torch.split(buffer, [n for piece in pieces for n in _sizes(piece)]))
     for (module, a, b), a_part, b_part in zip(pairs, parts, parts, strict=True):
         a_part.view(a.shape).copy_(a)
-        b_part.view(b.shape).copy_(b.float() * config.scale_of(module))
+        b_part.view(b.shape[::-1]).copy_(b.t().float() * config.scale_of(module))
         if not (torch.isfinite(a_part).all() and torch.isfinite(b_part).all()):
             raise _unfit(adapter, f"{module} is not finite", "finite")
     return Prepared(pieces, buffer)

@@ -84,6 +84,8 @@ class GenerateRequest:
     """Digest of an adapter that is loaded; None: the base alone."""
     sampling: Sampling = Sampling()
     id: str = field(default_factory=lambda: secrets.token_hex(8))
+    tenant: str = ""
+    """Who asks: tenants share an engine by tokens."""
 
 
 class FinishReason(StrEnum):
@@ -138,6 +140,10 @@ class EngineStats:
     failed_steps: int
     step_seconds: float
     """Spent in steps so far."""
+    waiting_tokens: int = 0
+    """Of prompts: still to be read before what was asked can be answered."""
+    cache_bytes: int = 0
+    """Of the key-value cache, at its capacity."""
 
 
 class Engine(Protocol):

@@ -80,7 +80,7 @@ def _likeliest(probabilities: Tensor, samplings: Sequence[Sampling]) -> tuple[Te
     Sorting a whole vocabulary costs more than a small model's layer, so only as many are sorted as are needed.
     """
     device, vocab = probabilities.device, probabilities.shape[1]
-    top_k = torch.tensor([s.top_k or vocab for s in samplings], device=device)[:, None]
+    top_k = torch.tensor([min(s.top_k or vocab, vocab) for s in samplings], device=device)[:, None]
     top_p = torch.tensor([s.top_p for s in samplings], device=device)[:, None]
     width = min(_WIDTH, vocab)
     while True:

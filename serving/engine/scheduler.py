@@ -3,16 +3,21 @@
 Every sequence has tokens (prompt and answer so far), of which the first `computed` are in the cache. A step computes some of
 the others: the one last chosen while it answers, a chunk of many while its prompt is read. So decoding, chunked prefill,
 shared prefixes and going on after a preemption are one thing. Decoding comes first; what is left of the step's token
-budget reads prompts, oldest first.
+budget reads prompts, those of the tenant first that was served least (`serving.engine.fairness`).
+
+A tenant that finds every place taken, or the cache full, gets its share of them at once, from tenants that have more than
+theirs: else a flood of long answers would hold everybody back for as long as the longest of them.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+import itertools
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from serving.engine.blocks import BlockPool, block_name, root_name
+from serving.engine.fairness import ANSWER_TOKEN, FairQueue
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Limits:
     max_length: int = 8192
     """Tokens of prompt and answer together."""
     max_waiting: int = 1024
+    """New requests that wait while no place is free, of all tenants."""
     max_adapters: int = 64
     share_prefixes: bool = True
 
@@ -45,9 +51,12 @@ class Sequence:
 
     tokens: list[int]
     adapter: str | None = None
+    tenant: str = ""
     prompt: int = field(init=False)
     """Tokens of the prompt."""
     computed: int = 0
+    charged: int = 0
+    """Tokens that its tenant was charged for: those that a preemption has computed again count once."""
     shared: int = 0
     """Prompt tokens that were found in the cache when it was first admitted."""
     blocks: list[int] = field(default_factory=list)
@@ -88,40 +97,45 @@ class Scheduler:
     def __init__(self, limits: Limits):
         self.limits = limits
         self.pool = BlockPool(limits.blocks, limits.block_size, limits.share_prefixes)
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []
         self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
+
+    @property
+    def full(self) -> bool:
+        """Whether as many wait as may, beside those for whom there is a place."""
+        places = self.limits.max_sequences - len(self.running)
+        return self.waiting.new >= self.limits.max_waiting + max(places - (len(self.waiting) - self.waiting.new), 0)
+
+    @property
+    def unread(self) -> int:
+        """Tokens to be computed before all that was asked for can be answered. Any thread may ask: copying a list or a
+        deque is one step for Python's threads."""
+        reading = (missing for s in tuple(self.running) if (missing := s.missing) > 1)
+        return sum(reading) + sum(s.missing for s in tuple(self.waiting))
 
     def plan(self) -> list[Work]:
         """Work of one step; the blocks it needs are taken. Empty when nothing waits and nothing runs."""
+        self._share_out()
         budget = max(self.limits.batch_tokens, len(self.running))
         work: list[Work] = []
         preemptions = self.preemptions
-        # what answers comes first and is preempted last; both in order of arrival
-        queue = deque(sorted(self.running, key=lambda s: s.missing > 1))
-        while queue and budget:
-            sequence = queue.popleft()
-            count = min(sequence.missing, budget)
-            while not self._grow(sequence, count):
-                victim = queue.pop() if queue else sequence
-                self._preempt(victim)
-                if victim is sequence:
-                    break
-            else:
-                work.append(Work(sequence, count))
+        # what answers comes first and is preempted last
+        answering = deque(self._lightest_first(s for s in self.running if s.missing == 1))
+        reading = deque(sorted((s for s in self.running if s.missing > 1), key=lambda s: self.waiting.served(s.tenant)))
+        while answering:
+            sequence = answering.popleft()
+            if self._make_room(sequence, 1, answering, reading):
+                work.append(self._charged(sequence, 1))
+        budget -= len(work)
+        while budget and (reader := self._reader(reading, admitting=self.preemptions == preemptions)):
+            count = min(reader.missing, budget)
+            if self._make_room(reader, count, answering, reading):
+                work.append(self._charged(reader, count))
                 budget -= count
-        for sequence in self._admitted():
-            if not budget or self.preemptions > preemptions:
-                break
-            count = min(sequence.missing, budget)
-            if not self._admit(sequence, count):
-                break
-            count = min(sequence.missing, count)  # less when a prefix was found
-            work.append(Work(sequence, count))
-            budget -= count
         return work
 
     def advance(self, work: Work) -> None:
@@ -149,31 +163,133 @@ class Scheduler:
             self.pool.forget(sequence.blocks)
         self._release(sequence)
 
-    def _admitted(self) -> Iterator[Sequence]:
-        """Waiting sequences in order, while there is a place; the caller admits each before it asks for the next."""
-        while self.waiting and len(self.running) < self.limits.max_sequences:
-            yield self.waiting[0]
+    def _reader(self, reading: deque[Sequence], *, admitting: bool) -> Sequence | None:
+        """The next prompt to read: one that is being read, or one that waits if its tenant was served less."""
+        first = self.waiting.first() if admitting and len(self.running) < self.limits.max_sequences else None
+        if (
+            first is not None
+            and reading
+            and self.waiting.served(reading[0].tenant) <= self.waiting.served(first.tenant)
+        ):
+            first = None
+        if first is not None and self._fits(first):
+            self._admit(first)
+            return first
+        return reading.popleft() if reading else None
 
-    def _admit(self, sequence: Sequence, count: int) -> bool:
-        """Share what can be shared, and take a first chunk's blocks, if there is room for the whole sequence so far.
+    def _needs(self, sequence: Sequence) -> tuple[int, list[int]]:
+        """Blocks that must be available to admit it, and those that it would share.
 
-        One block more for each that runs stays free, or the next steps would preempt what this one admitted.
+        There must be room for the whole sequence so far; and one block more for each that runs stays free, or the next
+        steps would preempt what this one admitted.
         """
         size = self.limits.block_size
         found: list[int] = []
         if self.pool.sharing:  # the last token is always computed: its logits are needed
             found = self.pool.find(sequence.block_names(size, (len(sequence.tokens) - 1) // size))
-        needed = -(-len(sequence.tokens) // size) - len(found)
-        if needed + len(self.running) > self.pool.available - self.pool.unheld(found):
-            return False
+        return -(-len(sequence.tokens) // size) - len(found) + self.pool.unheld(found) + len(self.running), found
+
+    def _fits(self, sequence: Sequence) -> bool:
+        return self._needs(sequence)[0] <= self.pool.available
+
+    def _admit(self, sequence: Sequence) -> None:
+        """Give it a place, and what can be shared."""
+        _, found = self._needs(sequence)
         self.pool.hold(found)
-        sequence.blocks, sequence.computed = found, len(found) * size
+        sequence.blocks, sequence.computed = found, len(found) * self.limits.block_size
         if not sequence.preempted:
             sequence.shared = sequence.computed
-        self.waiting.popleft()
+        self.waiting.take(sequence)
         self.running.append(sequence)
-        grown = self._grow(sequence, min(count, sequence.missing))
-        assert grown, "counted above"
+
+    def _charged(self, sequence: Sequence, count: int) -> Work:
+        """Work that its tenant is charged for."""
+        end, start = sequence.computed + count, max(sequence.computed, sequence.charged)
+        if end > start:
+            answer = max(end - max(start, sequence.prompt), 0)
+            self.waiting.charge(sequence.tenant, end - start + (ANSWER_TOKEN - 1) * answer)
+            sequence.charged = end
+        return Work(sequence, count)
+
+    # shares
+
+    def _share_out(self) -> None:
+        """Give those who wait with less than their share the places and blocks of those who have more."""
+        while (first := self.waiting.first()) is not None:
+            held = self._held()
+            active = held.keys() | self.waiting.tenants
+            share = 1 / len(active)
+            if len(active) == 1 or self._ready(first) or not self._entitled(first, held, share):
+                return
+            victims = self._victims(first, held, share)
+            if not victims:
+                return
+            for victim in victims:
+                self._preempt(victim)
+            self._admit(first)
+
+    def _ready(self, sequence: Sequence) -> bool:
+        return len(self.running) < self.limits.max_sequences and self._fits(sequence)
+
+    def _held(self) -> dict[str, tuple[int, int]]:
+        """Places and blocks of each tenant that has a place."""
+        places = Counter(sequence.tenant for sequence in self.running)
+        blocks = self._blocks()
+        return {tenant: (places[tenant], blocks[tenant]) for tenant in places}
+
+    def _blocks(self) -> Counter[str]:
+        blocks: Counter[str] = Counter()
+        for sequence in self.running:
+            blocks[sequence.tenant] += len(sequence.blocks)
+        return blocks
+
+    def _entitled(self, sequence: Sequence, held: Mapping[str, tuple[int, int]], share: float) -> bool:
+        """Whether its tenant would have no more than its share with it, or has no place at all."""
+        places, blocks = held.get(sequence.tenant, (0, 0))
+        needed = -(-len(sequence.tokens) // self.limits.block_size)
+        return places == 0 or self._part(places + 1, blocks + needed) <= share
+
+    def _part(self, places: int, blocks: int) -> float:
+        """Of the places or of the cache, whichever is more (dominant resource; Ghodsi et al., NSDI 2011)."""
+        return max(places / self.limits.max_sequences, blocks / self.limits.blocks)
+
+    def _victims(self, first: Sequence, held: dict[str, tuple[int, int]], share: float) -> list[Sequence]:
+        """The youngest of those tenants that have more than their share, as few as make room; none if that is not enough."""
+        running, free = list(self.running), self.pool.available
+        needed = self._needs(first)[0]
+        victims: list[Sequence] = []
+        while len(running) >= self.limits.max_sequences or needed > free:
+            tenant = max(held, key=lambda t: self._part(*held[t]))
+            places, blocks = held[tenant]
+            if places < 2 or self._part(places, blocks) <= share:
+                return []
+            victim = next(sequence for sequence in reversed(running) if sequence.tenant == tenant)
+            running.remove(victim)
+            victims.append(victim)
+            held[tenant] = places - 1, blocks - len(victim.blocks)
+            free += self.pool.releasable(victim.blocks)
+            needed -= 1
+        return victims
+
+    # blocks
+
+    def _lightest_first(self, sequences: Iterable[Sequence]) -> list[Sequence]:
+        """Those of the tenants first that hold the fewest blocks; of one tenant, in order of arrival."""
+        blocks = self._blocks()
+        return sorted(sequences, key=lambda sequence: blocks[sequence.tenant])
+
+    def _make_room(self, sequence: Sequence, count: int, *others: deque[Sequence]) -> bool:
+        """Blocks for `count` tokens more; False when it had to give up its place itself.
+
+        Args:
+            others: whose turn in this step is yet to come. The youngest of the tenant that holds most gives way.
+        """
+        while not self._grow(sequence, count):
+            victim = self._lightest_first([sequence, *itertools.chain(*others)])[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+            next(queue for queue in others if victim in queue).remove(victim)
         return True
 
     def _grow(self, sequence: Sequence, count: int) -> bool:
@@ -191,7 +307,7 @@ class Scheduler:
         self._release(sequence)
         sequence.preempted = True
         self.preemptions += 1
-        self.waiting.appendleft(sequence)
+        self.waiting.put_back(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)

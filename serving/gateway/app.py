@@ -62,12 +62,15 @@ def create_app(gateway: Gateway) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        key = gateway.metrics_key
-        if key is None or not hmac.compare_digest(_bearer(request).encode(), key.encode()):
-            raise ApiKeyRefused(
-                "The metrics of all tenants have a key of their own.", hint="It is in keys/metrics_key."
-            )
+        _require_operator(request, gateway)
         return Response(gateway.metrics.text(gateway.replicas()), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/status")
+    async def status(request: Request) -> Response:
+        """For `adaptory status`: what this gateway does, and what the engines' replicas told it last."""
+        _require_operator(request, gateway)
+        told = {"in_flight": gateway.metrics.running, "ready": gateway.ready(), "models": gateway.deployments}
+        return _json(told | {"engines": gateway.replicas()})
 
     @app.get("/health")
     async def health() -> Response:
@@ -96,6 +99,16 @@ async def _principal(request: Request, gateway: Gateway) -> Principal:
     principal = await asyncio.to_thread(gateway.authenticate, _bearer(request))
     principal.require(KeyScope.INFERENCE)
     return principal
+
+
+def _require_operator(request: Request, gateway: Gateway) -> None:
+    """
+    Raises:
+        ApiKeyRefused
+    """
+    key = gateway.metrics_key
+    if key is None or not hmac.compare_digest(_bearer(request).encode(), key.encode()):
+        raise ApiKeyRefused("The metrics of all tenants have a key of their own.", hint="It is in keys/metrics_key.")
 
 
 def _bearer(request: Request) -> str:

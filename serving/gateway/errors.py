@@ -26,6 +26,7 @@ _STATUS: tuple[tuple[type[AdaptoryError], int, str], ...] = (
     (errors.AdapterError, 424, INVALID),
     (errors.RateLimited, 429, "requests"),
     (errors.EngineOverloaded, 429, "requests"),
+    (errors.GatewayDraining, 503, SERVER),
     (errors.ModelUnavailable, 503, SERVER),
     (errors.AdapterUnavailable, 503, SERVER),
     (errors.StoreError, 503, SERVER),
@@ -38,6 +39,9 @@ _STATUS: tuple[tuple[type[AdaptoryError], int, str], ...] = (
 OVERLOADED_RETRY = 1.0
 """Seconds after which to ask again when too many wait."""
 
+DRAINING_RETRY = 5.0
+"""Seconds after which to ask again, somewhere else or what comes next here."""
+
 
 def status_of(error: Exception) -> int:
     return _found(error)[0]
@@ -49,22 +53,39 @@ def body_of(error: Exception) -> dict[str, Any]:
     if not isinstance(error, AdaptoryError):
         return _body("The server failed while it answered. Ask again.", SERVER, None, "internal_error")
     code = error.context.get("reason") or error.code
+    if code == errors.AdapterError.code and "check" in error.context:
+        code = f"{code}.{error.context['check']}"  # what it failed, which its owner can mend
     if isinstance(error, errors.RateLimited):
         type = error.context.get("kind", type)
     param = "model" if isinstance(error, errors.ModelNotFound) else error.context.get("field")
-    return _body(str(error), type, param, code)
+    return _body(said(error), type, param, code)
+
+
+def said(error: AdaptoryError) -> str:
+    """What a client is told. Where files and rows lie, and how to reach them, is the operator's affair; the log has it."""
+    return next((text for kind, text in _INSTEAD if isinstance(error, kind)), str(error))
+
+
+_INSTEAD: tuple[tuple[type[AdaptoryError], str], ...] = (
+    (errors.StoreError, "The model's files cannot be read now. Ask again."),
+    (errors.DatabaseError, "The request cannot be looked up now. Ask again."),
+)
 
 
 def headers_of(error: Exception) -> dict[str, str]:
-    """When to ask again, or that it is no use."""
+    """When to ask again, or that it is no use; which check refused an adapter."""
     match error:
         case errors.RateLimited():
             seconds = error.context.get("retry_after")
             return _retry(seconds) if seconds is not None else {"x-should-retry": "false"}
         case errors.EngineOverloaded():
             return _retry(OVERLOADED_RETRY)
+        case errors.GatewayDraining():
+            return _retry(DRAINING_RETRY)
         case errors.ApiKeyRefused():
             return {"www-authenticate": "Bearer"}
+        case errors.AdapterError() if check := error.context.get("check"):
+            return {"x-adaptory-check": check}
     return {}
 
 

@@ -50,8 +50,10 @@ class Gateway:
     metrics: Metrics = field(default_factory=Metrics)
     replicas: Callable[[], Replicas] = dict
     """What the engines' replicas told last, for the metrics."""
+    deployments: Mapping[str, str] = field(default_factory=dict)
+    """Of those replicas → the base that they serve, as clients call it."""
     ready: Callable[[], bool] = lambda: True
-    """Whether requests should come here."""
+    """Whether requests should come here; when not, new ones are refused, and those that have begun are answered."""
     proxied: bool = False
     """Behind a proxy that gives requests their ids: see `app.RequestIds`."""
     started_at: float = field(default_factory=time.time)

@@ -50,6 +50,11 @@ class Metrics:
         )
         self._known: set[tuple[str, str]] = set()
 
+    @property
+    def running(self) -> int:
+        """Requests being answered."""
+        return int(self.registry.get_sample_value("adaptory_in_flight") or 0)
+
     def labels(self, route: str | None, adapter: str | None) -> tuple[str, str]:
         """
         Args:
@@ -86,6 +91,7 @@ class _Engines:
 _ENGINE = {
     "running": ("stats", "running", "Requests in the batch."),
     "waiting": ("stats", "waiting", "Requests that wait for a place in the batch."),
+    "waiting_tokens": ("stats", "waiting_tokens", "Tokens of prompts that are still to be read."),
     "cache_tokens": ("stats", "cache_tokens", "Capacity of the key-value cache."),
     "cache_tokens_used": ("stats", "cache_tokens_used", "Tokens of it that running requests hold."),
     "prompt_tokens": ("stats", "prompt_tokens", "Tokens of prompts since the start."),

@@ -108,6 +108,8 @@ class _Request(_Body):
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=0)
     """Not OpenAI's: sample from so many of the likeliest tokens; 0: all."""
+    ignore_eos: bool | None = None
+    """Not OpenAI's, but every load generator's: go on past the end of the turn until `max_tokens`."""
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
     user: str | None = Field(default=None, max_length=1000)
@@ -142,7 +144,12 @@ class _Request(_Body):
             {"temperature": 1.0, "max_tokens": usual} | route | said | ({} if most is None else {"max_tokens": most})
         )
         stop = values.pop("stop", ())
-        return Sampling(**values, stop=(stop,) if isinstance(stop, str) else tuple(stop), response_format=format)
+        return Sampling(
+            **values,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            ignore_end=bool(self.ignore_eos),
+            response_format=format,
+        )
 
 
 _SAMPLING = ("temperature", "top_p", "top_k", "seed", "stop")

@@ -53,7 +53,7 @@ def main() -> None:
 def one_round(common: Result, vllm: str | None, number: int) -> dict[str, Result]:
     """Every side once: {side: {case: tokens a second, answers: first tokens}}."""
     sides = {
-        "ours": measure(sys.executable, "ours_serve.py", common),
+        "ours": measure(sys.executable, "ours_serve.py", common, GOMP_SPINCOUNT="10000"),
         "peft": measure(sys.executable, "peft_serve.py", common),
     }
     if vllm:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from pathlib import Path
 
+import torch
 from serving_cases import Batch, options, timed
 from transformers import AutoTokenizer
 
@@ -28,6 +29,7 @@ async def answers(engine: LocalEngine, batch: Batch, new_tokens: int) -> list[li
 
 def main() -> None:
     chosen = options(__doc__)
+    torch.set_num_threads(1)  # as in `serving.replica`
     tokenizer = AutoTokenizer.from_pretrained(chosen.model)
     network = ServedNetwork(load_model(chosen.model))
     engine = LocalEngine(EngineCore(network, tokenizer, frozenset({tokenizer.eos_token_id})))

@@ -46,6 +46,59 @@ def measure(python: str, script: str, options: Result, *, patience: float = 1200
     return json.loads(results[-1])
 
 
+class Conversation:
+    """A side that stays: it is told and answers in lines of JSON. Leaving the block closes its input, which ends it.
+
+    Args:
+        case: the first line it is told.
+    """
+
+    def __init__(self, script: str, case: Result, *, patience: float = 60):
+        self._script, self._patience = script, patience
+        everything = os.environ | {
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{SIDES}",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "ADAPTORY_HOME": case["home"],
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, str(SIDES / script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=everything,
+        )
+        self.say(case)
+
+    def __enter__(self) -> Conversation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(self._patience)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def say(self, line: Result) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(line) + "\n")
+        self._process.stdin.flush()
+
+    def hear(self) -> Result:
+        """The next line that is an object of JSON: libraries say other things.
+
+        Raises:
+            RuntimeError: it ended instead; what it said is on standard error.
+        """
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"{self._script} ended with {self._process.wait()}")
+
+
 def environment(name: str, pins: Path, without: tuple[str, ...] = ()) -> str:
     """Python of an environment that holds a requirements file and nothing of ours; made once.
 

@@ -120,10 +120,20 @@ def test_a_files_name_stays_inside(name):
 
 
 def test_unknown_or_half_published(loader, write, publish, shelf):
-    assert refusal(loader, "sha256:" + "0" * 64) == "published"
     digest = publish(write())
+    assert refusal(loader, "sha256:" + "0" * 64) == "published"
     (shelf(digest) / MANIFEST).unlink()
     assert refusal(loader, digest) == "published"
+
+
+def test_a_store_that_is_gone_is_no_fault_of_the_adapter(loader, write, publish, store):
+    digest, here = publish(write()), Path(store.root)
+    away = here.rename(here.with_name("away"))
+    with pytest.raises(StoreError, match="is not there"):
+        loader.load(digest)
+    away.rename(here)
+    _, from_store = loader.load(digest)
+    assert from_store
 
 
 def test_flipped_bits(loader, write, publish, shelf):

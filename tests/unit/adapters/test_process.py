@@ -75,21 +75,41 @@ def test_it_gives_way_to_the_engine_and_its_prints_are_no_replies(settings, writ
     with_loader(settings, use)
 
 
-def test_a_loader_that_dies_fails_its_own_loads_and_the_next_one_starts_another(settings, write, publish):
+async def killed_while_asked(process, digest):
+    child = process._child.process
+    os.kill(child.pid, signal.SIGSTOP)
+    waiting = asyncio.create_task(process.load(digest))
+    await asyncio.sleep(0.2)
+    os.kill(child.pid, signal.SIGKILL)
+    return waiting
+
+
+def test_what_a_loader_that_dies_was_asked_for_is_loaded_by_another(settings, write, publish):
     digest, slow = publish(write(1)), publish(write(2))
 
     async def use(process):
         await process.load(digest)
-        child = process._child.process
-        os.kill(child.pid, signal.SIGSTOP)
-        waiting = asyncio.create_task(process.load(slow))
-        await asyncio.sleep(0.2)
-        os.kill(child.pid, signal.SIGKILL)
+        waiting = await killed_while_asked(process, slow)
+        assert (await waiting).from_store
+        assert process.starts == 2
+        assert process.disk.fetches == 2, "counters go on"
+
+    with_loader(settings, use)
+
+
+def test_an_adapter_that_kills_its_loader_twice_is_given_up_and_the_next_one_starts_another(settings, write, publish):
+    digest, slow = publish(write(1)), publish(write(2))
+
+    async def use(process):
+        await process.load(digest)
+        waiting = await killed_while_asked(process, slow)
+        while process.starts < 2:
+            await asyncio.sleep(0.01)
+        process._child.process.kill()
         with pytest.raises(AdapterUnavailable, match="died"):
             await waiting
         await process.load(slow)
-        assert process.starts == 2
-        assert process.disk.fetches == 2, "counters go on"
+        assert process.starts == 3
 
     with_loader(settings, use)
 

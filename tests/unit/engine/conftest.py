@@ -65,11 +65,12 @@ def make_engine(tiny_model) -> Callable[..., EngineCore]:
         end: frozenset[int] = NOTHING_ENDS,
         dtype: Any = torch.float32,
         pack: bool | None = None,
+        fuse: bool = True,
         **limits: Any,
     ) -> EngineCore:
         directory = tiny_model(architecture)
         sizes = {"cache_tokens": 4096, "max_sequences": 16, "batch_tokens": 64, "block_size": 16} | limits
-        network = ServedNetwork(load_model(directory, dtype=dtype).eval(), pack)
+        network = ServedNetwork(load_model(directory, dtype=dtype).eval(), pack, fuse=fuse)
         return EngineCore(network, AutoTokenizer.from_pretrained(directory), end, Limits(**sizes))
 
     return make

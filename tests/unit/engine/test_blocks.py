@@ -60,13 +60,13 @@ def test_decoding_comes_before_reading_prompts_and_the_budget_holds():
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000))
 def test_no_block_is_lost_and_every_sequence_ends(seed):
-    """Random arrivals, lengths, common beginnings and aborts in a cache that is too small for them."""
+    """Random arrivals, tenants, lengths, common beginnings and aborts in a cache that is too small for them."""
     chance = random.Random(seed)
     limits = Limits(cache_tokens=96, block_size=4, max_sequences=5, batch_tokens=9)
     scheduler, wanted = Scheduler(limits), {}
     for _ in range(12):
         start = [chance.randrange(3)] * chance.randrange(1, 30)
-        sequence = Sequence(start, adapter=chance.choice([None, "a"]))
+        sequence = Sequence(start, chance.choice([None, "a"]), chance.choice(["x", "x", "y", "z"]))
         wanted[sequence] = len(start) + chance.randrange(1, 40)
         scheduler.add(sequence)
     for _ in range(2000):

@@ -207,9 +207,12 @@ def test_what_can_never_be_answered_is_refused_with_its_reason(make_engine, gree
 
 
 def test_too_many_waiting_requests_are_turned_away(make_engine, greedy):
-    core = make_engine(max_waiting=2)
-    core.add(greedy([5]))
-    core.add(greedy([5]))
+    core = make_engine(max_sequences=3, max_waiting=2)
+    for _ in range(5):  # three at once find a place
+        core.add(greedy([5]))
+    with pytest.raises(EngineOverloaded, match="5 requests"):
+        core.add(greedy([5]))
+    core.step()
     with pytest.raises(EngineOverloaded, match="2 requests"):
         core.add(greedy([5]))
 

@@ -160,6 +160,40 @@ def test_a_refused_request_with_anothers_id_does_not_end_the_other(make_engine, 
     with_engine(make_engine(), use)
 
 
+@pytest.mark.parametrize("death", [RuntimeError("a defect"), SystemExit()])
+def test_a_thread_that_dies_ends_every_stream_and_is_told_of(make_engine, greedy, monkeypatch, death):
+    async def main():
+        core, told = make_engine(), []
+        engine = LocalEngine(core, died=lambda: told.append(True))
+        streams = [engine.generate(greedy([5, 6, 7], new=4000)) for _ in range(2)]
+        for stream in streams:
+            await anext(stream)
+
+        def die():
+            raise death
+
+        monkeypatch.setattr(core, "step", die)
+        for stream in streams:
+            with pytest.raises(EngineStopped):
+                [event async for event in stream]
+        with pytest.raises(EngineStopped):
+            await anext(engine.generate(greedy([5, 6, 7])))
+        await until(lambda: not engine.alive)
+        assert told == [True]
+        await engine.close()
+
+    asyncio.run(asyncio.wait_for(main(), timeout=60))
+
+
+def test_an_engine_that_is_closed_did_not_die(make_engine):
+    async def main():
+        told = []
+        await LocalEngine(make_engine(), died=lambda: told.append(True)).close()
+        assert told == []
+
+    asyncio.run(asyncio.wait_for(main(), timeout=60))
+
+
 def test_closing_ends_streams_and_refuses_new_ones(make_engine, greedy):
     async def use(engine):
         stream = engine.generate(greedy([5, 6, 7], new=4000))

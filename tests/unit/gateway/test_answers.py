@@ -109,6 +109,9 @@ def test_sampling_as_the_request_says(world):
     sampling = world.engine.asked[0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0, 0.5, 7, -3)
     assert (sampling.stop, sampling.max_tokens) == (("\n",), 5)  # the newer name of the two wins
+    assert not sampling.ignore_end
+    world.chat(ignore_eos=True)
+    assert world.engine.asked[-1].sampling.ignore_end
 
 
 def test_an_answer_gets_no_more_tokens_than_there_is_room(world):

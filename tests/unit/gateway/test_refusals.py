@@ -257,7 +257,9 @@ def test_behind_a_proxy_the_id_is_the_proxys(world):
 @pytest.mark.parametrize(
     ("failure", "status", "code"),
     [
-        (errors.AdapterError("bad", check="finite"), 424, "invalid_adapter"),
+        (errors.AdapterError("bad", check="finite"), 424, "invalid_adapter.finite"),
+        (errors.AdapterError("bad"), 424, "invalid_adapter"),
+        (errors.SignatureInvalid("not signed", check="signature"), 424, "signature_invalid"),
         (errors.AdapterUnavailable("not now"), 503, "adapter_unavailable"),
         (errors.StoreError("gone"), 503, "store_unavailable"),
         (errors.EngineOverloaded("full"), 429, "engine_overloaded"),
@@ -272,6 +274,7 @@ def test_what_the_engine_refuses(world, failure: errors.AdaptoryError, status: i
         response = world.chat(stream=stream)
         assert error(response, status)["code"] == code
         assert ("retry-after" in response.headers) == (status == 429)
+        assert response.headers.get("x-adaptory-check") == failure.context.get("check")
         assert "0xdeadbeef" not in response.text
 
 

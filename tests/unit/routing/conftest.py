@@ -11,7 +11,7 @@ import pytest
 from orchestrator.db import Database
 from orchestrator.limits.quota import Quota
 from orchestrator.names import AdapterReference, QualifiedName
-from orchestrator.routing.adapters import ResolvedAdapter
+from orchestrator.routing.adapters import PreviousVersion, ResolvedAdapter
 from orchestrator.routing.config import parse_config
 from orchestrator.routing.repository import Route, find_route, save_route
 from orchestrator.tenants.tenant import add_tenant
@@ -31,8 +31,16 @@ class MemoryRegistry:
     asked: list[list[str]] = field(default_factory=list)
     broken: Exception | None = None
 
-    def has(self, reference: str, number: int, base: str = "tiny") -> str:
-        self.known[reference] = ResolvedAdapter(digest(number), BASES.get(base, base))
+    def has(self, reference: str, number: int, base: str = "tiny", before: tuple[Any, ...] | None = None) -> str:
+        """
+        Args:
+            before: of the previous version: its name, number and base.
+        """
+        previous = None
+        if before is not None:
+            name, older, *named = before
+            previous = PreviousVersion(name, digest(older), BASES[named[0] if named else "tiny"])
+        self.known[reference] = ResolvedAdapter(digest(number), BASES.get(base, base), previous)
         return digest(number)
 
     def __call__(self, references: Collection[AdapterReference]) -> dict[AdapterReference, ResolvedAdapter]:

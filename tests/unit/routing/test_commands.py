@@ -10,14 +10,28 @@ from typing import Any
 import pytest
 
 from orchestrator.cli import main
+from orchestrator.commands.backend import complete_route, complete_version
+from orchestrator.commands.routes import complete_fallback
+from orchestrator.db import open_database
+from orchestrator.db.audit import entries
+from orchestrator.registry.versions import Reference, find_version, move_alias
 
 PRODUCTION = ("--adapter", "acme/intents@production")
 
 
 @pytest.fixture
-def ask(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Run the command with --json; returns its exit code and what it printed."""
+def ask(capsys: pytest.CaptureFixture[str], home: Path, register_adapter: Callable[..., None]) -> Callable[..., Any]:
+    """Run the command with --json; returns its exit code and what it printed. acme/intents has versions 1 to 4, of which
+    production names the third and stable the first; acme/foreign@1 belongs to another base."""
     main(["tenants", "add", "acme"])
+    db = open_database(f"sqlite:///{home / 'state.db'}")
+    for number in (1, 2, 3, 4):
+        register_adapter(db, "acme/intents", f"sha256:{number:064x}", "sha256:" + "b1" * 32)
+    register_adapter(db, "acme/foreign", f"sha256:{9:064x}", "sha256:" + "b2" * 32)
+    for number, alias in (("3", "production"), ("1", "stable")):
+        version = find_version(db, Reference(tenant="acme", name="intents", selector=number))
+        move_alias(db, version, alias, actor="ada")
+    db.close()
     capsys.readouterr()
 
     def run(*args: str) -> tuple[int, Any]:
@@ -97,6 +111,49 @@ def test_rollback(ask: Callable[..., Any], say: Callable[..., Any]):
     assert ask("rollback", "acme/intents", "--to", "77")[1]["error"]["code"] == "route_not_found"
 
 
+def test_delete_and_bring_back(ask: Callable[..., Any], say: Callable[..., Any], home: Path):
+    ask("set", "acme/intents", "--adapter", "acme/intents@1")
+    ask("set", "acme/intents", *PRODUCTION, "--fallback", "previous", "--fallback", "base")
+    assert ask("delete", "acme/intents", "--expect", "1")[1]["error"]["code"] == "route_conflict"
+    code, gone = ask("delete", "acme/intents", "--expect", "2")
+    assert (code, gone["deleted"], gone["route"], gone["revision"]) == (0, True, "acme/intents", 2)
+    assert ask("list") == (0, [])
+    for words in (("show", "acme/intents"), ("delete", "acme/intents")):
+        code, said = ask(*words)
+        assert (code, said["error"]["code"]) == (2, "route_not_found")
+        assert "adaptory routes rollback acme/intents" in said["error"]["hint"]
+    code, back = ask("rollback", "acme/intents")
+    assert (code, back["revision"], back["restores"], back["config"]) == (0, 3, 2, gone["config"])
+    code, text = say("delete", "acme/intents")
+    assert (code, "Route acme/intents is deleted" in text) == (0, True)
+    assert ask("set", "acme/intents", "--adapter", "acme/intents@2")[1]["revision"] == 4, "a number is never used twice"
+    db = open_database(f"sqlite:///{home / 'state.db'}")
+    trail = [
+        (each.action, each.before and each.before["revision"], each.after and each.after["revision"])
+        for each in entries(db, subject="acme/intents")
+    ]
+    assert trail[::-1] == [
+        ("route.set", None, 1),
+        ("route.set", 1, 2),
+        ("route.delete", 2, None),
+        ("route.rollback", None, 3),
+        ("route.delete", 3, None),
+        ("route.set", None, 4),
+    ]
+    db.close()
+
+
+def test_the_shell_knows_routes_and_versions(ask: Callable[..., Any]):
+    ask("set", "acme/intents", *PRODUCTION)
+    ask("set", "acme/old", *PRODUCTION)
+    ask("delete", "acme/old")
+    assert complete_route("acme/") == ["acme/intents"]
+    assert complete_version("acme/intents@p") == ["acme/intents@production"]
+    assert len(complete_version("acme/intents@")) == 6
+    assert complete_fallback("pre") == ["previous"]
+    assert complete_fallback("acme/f") == ["acme/foreign@1"]
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [
@@ -107,6 +164,11 @@ def test_rollback(ask: Callable[..., Any], say: Callable[..., Any]):
         (("set", "acme/intents", "--fallback", "base"), "invalid_route"),
         (("set", "acme/intents", "--adapter", "acme/intents"), "invalid_route"),
         (("set", "acme/intents", "--adapter", "globex/intents@1"), "invalid_route"),
+        (("set", "acme/intents", "--adapter", "acme/intents@9"), "invalid_route"),
+        (("set", "acme/intents", "--adapter", "acme/intents@staging"), "invalid_route"),
+        (("set", "acme/intents", *PRODUCTION, "--adapter", "acme/foreign@1"), "invalid_route"),
+        (("set", "acme/intents", *PRODUCTION, "--fallback", "acme/foreign@1"), "invalid_route"),
+        (("set", "acme/intents", "--base", "tiny", "--fallback", "previous"), "invalid_route"),
         (("set", "acme/intents", "--adapter", "acme/intents@1=0"), "invalid_route"),
         (("set", "acme/intents", "--adapter", "acme/intents@1=half"), "usage"),
         (("set", "acme/intents", *PRODUCTION, "--temperature", "9"), "invalid_route"),
@@ -114,6 +176,8 @@ def test_rollback(ask: Callable[..., Any], say: Callable[..., Any]):
         (("set", "acme/intents", *PRODUCTION, "--clear", "moon"), "usage"),
         (("show", "acme/nothing"), "route_not_found"),
         (("rollback", "acme/nothing"), "route_not_found"),
+        (("delete", "acme/nothing"), "route_not_found"),
+        (("delete", "nothing"), "invalid_name"),
         (("list", "--tenant", "nobody"), "tenant_not_found"),
     ],
 )
@@ -123,7 +187,7 @@ def test_mistakes(ask: Callable[..., Any], words: tuple[str, ...], error: str):
     assert said["error"]["hint"]
 
 
-@pytest.mark.parametrize("word", ["list", "show", "set", "rollback"])
+@pytest.mark.parametrize("word", ["list", "show", "set", "rollback", "delete"])
 def test_help_has_an_example(say: Callable[..., Any], word: str):
     code, text = say(word, "--help")
     assert code == 0

@@ -15,7 +15,16 @@ from orchestrator.errors import AdaptoryError, RouteConflict, RouteInvalid, Rout
 from orchestrator.names import QualifiedName
 from orchestrator.routing import repository
 from orchestrator.routing.config import parse_config
-from orchestrator.routing.repository import Route, get_route, list_revisions, list_routes, rollback, save_route
+from orchestrator.routing.repository import (
+    Route,
+    delete_route,
+    find_route,
+    get_route,
+    list_revisions,
+    list_routes,
+    rollback,
+    save_route,
+)
 
 NAME = QualifiedName("acme", "intents")
 
@@ -169,6 +178,43 @@ def test_unknown_routes_tenants_and_adapters(db: Database, set_route: Callable[.
     with pytest.raises(RouteInvalid, match="acme/intents@77"):
         save_route(db, NAME, config, actor="ada", expected=1, resolver=registry)
     assert save_route(db, NAME, parse_config(NAME, {"adapters": one(2)}), actor="a", expected=1, resolver=registry)
+
+
+def test_adapters_of_two_bases_share_no_route(db: Database, set_route: Callable[..., Route], registry: Any):
+    registry.has("acme/intents@8", 8, base="Qwen/Qwen3-8B")
+    for values in ({"adapters": one(1) + one(8)}, {"adapters": one(1), "fallback": ["base", "acme/intents@8"]}):
+        with pytest.raises(RouteInvalid, match="acme/intents@8: it was trained on the base model") as caught:
+            save_route(db, NAME, parse_config(NAME, values), actor="ada", expected=0, resolver=registry)
+        assert caught.value.context["value"] == "acme/intents@8"
+    assert list_routes(db) == []
+    both = parse_config(NAME, {"adapters": one(8), "fallback": ["base"]})
+    assert save_route(db, NAME, both, actor="ada", expected=0, resolver=registry).revision == 1
+
+
+def test_a_deleted_route_is_gone_until_it_is_brought_back(db: Database, set_route: Callable[..., Route]):
+    set_route(adapters=one(1))
+    set_route(adapters=one(2))
+    with pytest.raises(RouteConflict, match="ada has set revision 2"):
+        delete_route(db, NAME, actor="bob", expected=1)
+    assert said(delete_route(db, NAME, actor="bob", expected=2)) == "2"
+    assert version(db) == 3
+    assert (find_route(db, NAME), list_routes(db)) == (None, [])
+    for act in (
+        lambda: get_route(db, NAME),
+        lambda: list_revisions(db, NAME),
+        lambda: delete_route(db, NAME, actor="b"),
+    ):
+        with pytest.raises(RouteNotFound) as caught:
+            act()
+        assert "adaptory routes rollback acme/intents" in str(caught.value)
+    with pytest.raises(RouteConflict, match="it is gone"):
+        save_route(db, NAME, parse_config(NAME, {"adapters": one(3)}), actor="eve", expected=2)
+    back = rollback(db, NAME, actor="bob")
+    assert (back.revision, back.restores, said(back), version(db)) == (3, 2, "2", 4)
+    delete_route(db, NAME, actor="bob")
+    assert set_route(adapters=one(4)).revision == 4
+    assert [said(each) for each in list_revisions(db, NAME)] == list("4221")
+    assert rollback(db, NAME, actor="bob", to=1).revision == 5
 
 
 def test_revisions_are_written_once(db: Database, set_route: Callable[..., Route]):

@@ -46,6 +46,31 @@ def test_a_route(set_route: Callable[..., Route], build: Callable[..., RouteTabl
     assert target.defaults.system == "Be brief."
 
 
+def test_the_previous_version_stands_in(
+    set_route: Callable[..., Route], registry: Any, build: Callable[..., RouteTable]
+):
+    """Of each arm its own; one that is there twice, that there is none of, or of another base, costs nobody else."""
+    registry.has("acme/intents@production", 1, before=("acme/intents@2", 3))
+    registry.has("acme/intents@staging", 6, before=("acme/intents@8", 8, "Qwen/Qwen3-8B"))
+    arms = [{"adapter": f"acme/intents@{each}"} for each in ("production", "1", "staging")]
+    set_route(adapters=arms, fallback=["previous", "acme/intents@2", "base"])
+    table = build()
+    chains = {
+        choices[0].reference: [(each.reference, each.adapter, each.fallback) for each in choices[1:]]
+        for choices in (table.resolve("acme", "acme/intents").choices for _ in range(200))
+    }
+    others = [("acme/intents@2", digest(3), True), ("base", None, True)]
+    assert chains == {f"acme/intents@{each}": others for each in ("production", "1", "staging")}
+    assert table.problems()["acme/intents"] == (
+        "there is no version before acme/intents@1",
+        "acme/intents@8 belongs to another base model than tiny",
+    )
+    assert table.adapters() == {digest(number) for number in (1, 2, 3, 6)}
+    set_route(adapters=PRODUCTION, fallback=["previous"])
+    second = build().resolve("acme", "acme/intents").choices[1]
+    assert (second.reference, second.adapter, second.fallback) == ("acme/intents@2", digest(3), True)
+
+
 def test_a_base_and_a_route_over_the_base_alone(set_route: Callable[..., Route], build: Callable[..., RouteTable]):
     set_route("acme/plain", base_model="tiny", defaults={"sampling": {"temperature": 0}})
     table = build()

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
-from serving.adapter_router import ranked
+import pytest
+from ray.serve.config import RequestRouterConfig
+from ray.serve.request_router import RequestRouter
+
+from serving.adapter_router import AdapterRouter, ranked
+from serving.residency import REPLICAS as TOLD
 
 REPLICAS = [f"replica-{n}" for n in range(5)]
 ADAPTERS = [f"sha256:{n:064x}" for n in range(1000)]
@@ -59,3 +65,16 @@ def test_a_full_batch_comes_last_even_where_the_adapter_is():
 def test_the_base_alone_may_be_asked_anywhere_but_on_full_replicas():
     groups = ranked(None, REPLICAS, {}, lambda replica: replica == "replica-3")
     assert [sorted(group) for group in groups] == [["replica-0", "replica-1", "replica-2", "replica-4"], ["replica-3"]]
+
+
+def test_what_replicas_tell_the_router_as_serve_pickles_it_is_there_for_the_whole_process(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(RequestRouter, "update_replicas", lambda self, replicas: None)
+    monkeypatch.delitem(TOLD, "engine", raising=False)
+    pickled = RequestRouterConfig(request_router_class=AdapterRouter).get_request_router_class()
+    router = pickled.__new__(pickled)
+    router._deployment_id = SimpleNamespace(name="engine")
+    replica = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r1"), routing_stats={"engine": ["sha256:a"]})
+    router.update_replicas([replica])
+    assert TOLD.pop("engine") == {"r1": {"engine": ["sha256:a"]}}

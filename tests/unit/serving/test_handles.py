@@ -11,7 +11,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
-from orchestrator.errors import AdapterUnavailable, EngineOverloaded, ReplicaUnavailable, StepFailed
+from orchestrator.errors import AdapterUnavailable, EngineOverloaded, EngineStopped, ReplicaUnavailable, StepFailed
 from serving.engine.protocol import FinishReason, GenerateRequest, TokenEvent, Usage
 from serving.handles import HandleEngine
 from serving.wire import Begun
@@ -52,8 +52,9 @@ class Handle:
 
     scripts: list[list[Any]]
     calls: list[Items] = field(default_factory=list)
+    asked: list[GenerateRequest] = field(default_factory=list)
 
-    def options(self, *, stream: bool) -> Handle:
+    def options(self, *, stream: bool, **_: Any) -> Handle:
         assert stream
         return self
 
@@ -62,6 +63,7 @@ class Handle:
         return self
 
     def remote(self, request: GenerateRequest, stream: bool) -> Items:
+        self.asked.append(request)
         self.calls.append(Items(self.scripts[len(self.calls)]))
         return self.calls[-1]
 
@@ -90,16 +92,24 @@ def test_a_whole_answer_is_one_item():
     assert collect(Handle([[Begun("r1", LAST)]])) == ("r1", [LAST])
 
 
-@pytest.mark.parametrize("end", [[DIED], []])
+STOPPED = EngineStopped("The engine is shut down.")
+
+
+@pytest.mark.parametrize("end", [[DIED], [], [STOPPED]])
 def test_another_replica_takes_over_while_nothing_was_said(end: list[Any]):
     handle = Handle([end, end, [Begun("r2", FIRST), LAST]])
     assert collect(handle) == ("r2", [FIRST, LAST])
     assert len(handle.calls) == 3
+    assert len({request.id for request in handle.asked}) == 3  # one that is out of reach may be answering still
+    assert {request.prompt_ids for request in handle.asked} == {REQUEST.prompt_ids}
 
 
-def test_it_is_not_tried_for_ever():
-    with pytest.raises(ReplicaUnavailable):
-        collect(Handle([[DIED]] * 5))
+@pytest.mark.parametrize("end", [DIED, STOPPED])
+def test_it_is_not_tried_for_ever(end: Any):
+    handle = Handle([[end]] * 5)
+    with pytest.raises((ReplicaUnavailable, EngineStopped)):
+        collect(handle)
+    assert len(handle.calls) == 3
 
 
 @pytest.mark.parametrize("end", [[DIED], []])

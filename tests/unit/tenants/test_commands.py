@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.cli import main
 from orchestrator.db import open_database
+from orchestrator.db.audit import entries
 from orchestrator.errors import ApiKeyRefused
 from orchestrator.tenants import keys
 from orchestrator.tenants.usage import UsageWriter
@@ -54,10 +55,43 @@ def test_tenants(ask: Callable[..., Any], say: Callable[..., Any]):
     assert "no limit" in say("tenants", "show", "acme")[1]
 
 
+def test_disable_enable_and_delete(ask: Callable[..., Any], say: Callable[..., Any], home: Path):
+    ask("tenants", "add", "acme")
+    secret = ask("keys", "create", "--tenant", "acme", "--name", "laptop")[1]["key"]
+    db = open_database(f"sqlite:///{home / 'state.db'}")
+    code, disabled = ask("tenants", "disable", "acme")
+    assert (code, disabled["disabled_at"] > 0) == (0, True)
+    with pytest.raises(ApiKeyRefused, match="tenant acme is disabled"):
+        keys.authenticate(db, secret)
+    assert "disabled" in say("tenants", "list")[1]
+    assert "disabled since" in say("tenants", "show", "acme")[1]
+    assert ask("tenants", "disable", "acme")[1] == disabled, "again changes nothing"
+    assert ask("tenants", "enable", "acme")[1]["disabled_at"] is None
+    assert keys.authenticate(db, secret).tenant.name == "acme"
+    assert "is enabled" in say("tenants", "enable", "acme")[1]
+
+    code, refused = ask("tenants", "delete", "acme")
+    assert (code, refused["error"]["code"], refused["error"]["owns"]) == (1, "tenant_in_use", {"keys": 1})
+    assert "adaptory keys revoke" in refused["error"]["hint"]
+    ask("keys", "revoke", "laptop")
+    code, gone = ask("tenants", "delete", "acme")
+    assert (code, gone["deleted"], gone["name"]) == (0, True, "acme")
+    assert ask("tenants", "list") == (0, [])
+    assert ask("tenants", "delete", "acme")[1]["error"]["code"] == "tenant_not_found"
+    trail = [each.action for each in entries(db, subject="acme")][::-1]
+    assert trail == ["tenant.add", "tenant.disable", "tenant.enable", "tenant.delete"]
+    ask("tenants", "add", "acme")
+    assert "Tenant acme is deleted." in say("tenants", "delete", "acme")[1]
+    db.close()
+
+
 @pytest.mark.parametrize(
     ("words", "code", "error"),
     [
         (("tenants", "add", "Acme!"), 2, "invalid_name"),
+        (("tenants", "disable", "nobody"), 2, "tenant_not_found"),
+        (("tenants", "enable", "nobody"), 2, "tenant_not_found"),
+        (("tenants", "delete", "nobody"), 2, "tenant_not_found"),
         (("tenants", "show", "nobody"), 2, "tenant_not_found"),
         (("tenants", "set", "acme"), 2, "tenant_error"),
         (("tenants", "set", "acme", "--requests-per-minute", "-1"), 2, "usage"),
@@ -157,7 +191,7 @@ def test_usage(ask: Callable[..., Any], say: Callable[..., Any], home: Path):
 
 @pytest.mark.parametrize(
     "words",
-    [("tenants", each) for each in ("list", "show", "add", "set")]
+    [("tenants", each) for each in ("list", "show", "add", "set", "disable", "enable", "delete")]
     + [("keys", each) for each in ("list", "create", "rotate", "revoke")]
     + [("usage",)],
 )

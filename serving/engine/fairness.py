@@ -1,0 +1,106 @@
+"""Whose turn it is: tenants share an engine by the tokens that they were served, however many requests each has waiting.
+
+Virtual token counters (Sheng et al., OSDI 2024, arXiv:2401.00588): of the tenants that wait, the one which was served least
+is next. A tenant that comes to wait begins where the others are: having been away earns nothing. Within a tenant the
+oldest request is first.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from serving.engine.scheduler import Sequence
+
+ANSWER_TOKEN = 2
+"""What a token of an answer counts, where one of a prompt counts 1: the paper's weights, near what a step costs."""
+
+_KEPT = 1024
+"""Tenants whose counters are kept without looking which of them still say anything."""
+
+
+class FairQueue:
+    """Requests that wait for a place, and what each tenant was served."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str, deque[Sequence]] = {}  # of tenants that wait
+        self._served: dict[str, int] = {}
+        self._last: str | None = None  # whose request was taken last
+
+    def __len__(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for queue in self._queues.values():
+            yield from queue
+
+    @property
+    def tenants(self) -> set[str]:
+        return set(self._queues)
+
+    @property
+    def new(self) -> int:
+        """Requests of which nothing was computed yet."""
+        return sum(self._new(tenant) for tenant in self._queues)
+
+    def add(self, sequence: Sequence) -> None:
+        """A new request."""
+        tenant = sequence.tenant
+        if tenant not in self._queues:
+            floor = self._floor()
+            if len(self._served) > _KEPT:  # below the floor is as good as never served
+                self._served = {t: n for t, n in self._served.items() if n > floor or t in self._queues}
+            self._served[tenant] = max(self._served.get(tenant, 0), floor)
+            self._queues[tenant] = deque()
+        self._queues[tenant].append(sequence)
+
+    def put_back(self, sequence: Sequence) -> None:
+        """One that had a place and lost it: the first of its tenant's."""
+        self._queues.setdefault(sequence.tenant, deque()).appendleft(sequence)
+
+    def first(self) -> Sequence | None:
+        """The next request; it stays until it is removed."""
+        if not self._queues:
+            return None
+        return self._queues[min(self._queues, key=self.served)][0]
+
+    def take(self, sequence: Sequence) -> None:
+        """It has its place."""
+        self._last = sequence.tenant
+        self.remove(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        queue = self._queues[sequence.tenant]
+        queue.remove(sequence)
+        if not queue:
+            del self._queues[sequence.tenant]
+
+    def charge(self, tenant: str, tokens: int) -> None:
+        """
+        Args:
+            tokens: weighted, see `ANSWER_TOKEN`.
+        """
+        self._served[tenant] = self.served(tenant) + tokens
+
+    def served(self, tenant: str) -> int:
+        return self._served.get(tenant, 0)
+
+    def surplus(self, tenant: str) -> Sequence | None:
+        """The request that gives way to one of this tenant's when too many wait: the youngest new one of whoever has most,
+        if that leaves them at least as many as the tenant then has (longest queue drop; McKenney, 1991)."""
+        most = max(self._queues, key=self._new, default=None)
+        if most is None or self._new(most) < self._new(tenant) + 2:
+            return None
+        return self._queues[most][-1]
+
+    def _new(self, tenant: str) -> int:
+        queue = self._queues.get(tenant, ())
+        return sum(not sequence.preempted for sequence in queue)
+
+    def _floor(self) -> int:
+        """Where who comes now begins: at the least served of those that wait, or else at whoever had the last turn."""
+        if self._queues:
+            return min(map(self.served, self._queues))
+        return 0 if self._last is None else self.served(self._last)

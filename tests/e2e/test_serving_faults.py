@@ -1,0 +1,400 @@
+"""What breaks under a real Ray Serve with two engine replicas, while clients ask on: each fault is really made.
+
+Three to four minutes on two cores, most of it starts of processes. In the order of the file: every test leaves the endpoint
+as it found it, and says so by asking it again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster import connect_if_running, local
+from cluster.processes import members
+from orchestrator.modeling.adapter_files import adapter_digest
+from orchestrator.store import MANIFEST, Store, adapter_path, sha256_file
+from orchestrator.tenants.usage import report
+from serving.app import USAGE_SECONDS
+from tests.e2e.endpoint import ASKED, TENANTS, Endpoint, prepared, publish, put, until, write_random
+from tests.e2e.load import Load
+
+pytestmark = pytest.mark.slow
+
+TOKENS = 200
+"""Of an answer: long enough that a fault hits some in the middle."""
+CLIENTS = 8
+SEQUENCES = 4
+"""At the same time in each replica: so few that the clients fill both, and each gets each adapter."""
+GONE = {(True, 200, "replica_unavailable"), (True, 503, "replica_unavailable")}
+"""How a stream may end whose replica is killed: it had begun, or was just about to."""
+
+
+@pytest.fixture(scope="module")
+def endpoint(tiny_model: Callable[[str], Path]) -> Iterator[Endpoint]:
+    with prepared(tiny_model("llama")) as made:
+        made.up("--no-serve")
+        made.deploy(model(made), max_sequences=SEQUENCES)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def answers(endpoint: Endpoint) -> dict[str, dict[int, str]]:
+    return {tenant: endpoint.long_answers(tenant, TOKENS, 6) for tenant in TENANTS}
+
+
+def model(endpoint: Endpoint) -> dict[str, Any]:
+    return {"name": endpoint.base_name, "reference": endpoint.base.reference, "replicas": {"min": 2, "max": 2}}
+
+
+# --- what runs ------------------------------------------------------------------------------------------------------
+
+
+def replicas(endpoint: Endpoint, deployment: str) -> dict[str, int]:
+    """Names and process ids of a deployment's replicas that run."""
+    client = connect_if_running(endpoint.settings)
+    assert client is not None
+    found = client.dashboard.get("/api/serve/applications/").json()["applications"]["adaptory"]["deployments"]
+    parts = [part for name, part in found.items() if name.startswith(deployment)]
+    states = [state for part in parts for state in part["replicas"]]
+    return {state["replica_id"]: state["pid"] for state in states if state["state"] == "RUNNING"}
+
+
+def processes(endpoint: Endpoint, name: str) -> list[psutil.Process]:
+    """Of this endpoint's Ray, those whose command has this in it."""
+    head = local.find(endpoint.settings)
+    assert head is not None
+    return [one for one in members(head.id, head.session_dir) if name in " ".join(one.cmdline())]
+
+
+def replaced(endpoint: Endpoint, deployment: str, before: dict[str, int], gone: str) -> str:
+    """Wait until another replica runs in the place of the one that is gone; its name."""
+
+    def now() -> set[str]:
+        return set(replicas(endpoint, deployment)) - set(before)
+
+    until(lambda: len(now()) == 1 and gone not in replicas(endpoint, deployment), 90)
+    return now().pop()
+
+
+def used(endpoint: Endpoint) -> tuple[int, int]:
+    """Requests and tokens out, as they are charged."""
+    rows = report(endpoint.db)
+    return sum(row["requests"] for row in rows), sum(row["tokens_out"] for row in rows)
+
+
+def idle(endpoint: Endpoint) -> None:
+    """Nothing is reserved, nothing is in the engines."""
+    until(lambda: endpoint.gauge("adaptory_in_flight") == 0.0)
+    until(lambda: endpoint.gauge("adaptory_engine_running") + endpoint.gauge("adaptory_engine_waiting") == 0.0)
+
+
+# --- what is killed -------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_engine_costs_the_streams_on_it_and_nobody_else(endpoint: Endpoint, answers: Any):
+    idle(endpoint)
+    time.sleep(2 * USAGE_SECONDS)
+    charged = used(endpoint)
+    before = replicas(endpoint, "engine")
+    with Load(endpoint, answers, TOKENS, CLIENTS) as load:
+        load.goes_on()
+        gone, pid = next(iter(before.items()))
+        os.kill(pid, signal.SIGKILL)
+        load.goes_on()
+        come = replaced(endpoint, "engine", before, gone)
+        until(lambda: {o.tenant for o in list(load.outcomes) if o.replica == come} == set(TENANTS), 60)
+    assert load.wrong() == []
+    assert load.failed()
+    assert {(o.stream, o.status, o.end) for o in load.failed()} <= GONE
+    idle(endpoint)
+    done = [o for o in load.outcomes if o.end == "done"]
+    broken = [o for o in load.failed() if o.status == 200]
+    until(lambda: used(endpoint)[0] - charged[0] == len(done) + len(broken))  # once each, however often it was tried
+    tokens = used(endpoint)[1] - charged[1]
+    assert TOKENS * len(done) <= tokens < TOKENS * (len(done) + len(broken))
+
+
+def test_an_engine_whose_thread_dies_is_replaced_at_once(endpoint: Endpoint, answers: Any):
+    before = replicas(endpoint, "engine")
+    gone, pid = next(iter(before.items()))
+    with Load(endpoint, answers, TOKENS, CLIENTS) as load:
+        load.goes_on()
+        kill_thread(endpoint, gone, "engine")
+        until(lambda: not psutil.pid_exists(pid), 5)
+        load.goes_on()
+        replaced(endpoint, "engine", before, gone)
+    assert load.wrong() == []
+    assert {(o.stream, o.status, o.end) for o in load.failed()} <= GONE | {(True, 200, "engine_stopped")}
+    idle(endpoint)
+
+
+def kill_thread(endpoint: Endpoint, replica: str, name: str) -> None:
+    """Threads have no `kill -9`; this is as near as Python comes: the next thing that it does raises SystemExit."""
+    head = local.find(endpoint.settings)
+    assert head is not None
+    code = f"""
+import ray
+ray.init(address={head.gcs_address!r}, namespace="serve", log_to_driver=False)
+(named,) = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True) if one["name"].endswith({replica!r})]
+
+def kill(actor):
+    import ctypes, threading
+    (thread,) = [one for one in threading.enumerate() if one.name == {name!r}]
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+
+ray.get_actor(named, namespace="serve").__ray_call__.remote(kill)
+import time
+time.sleep(1)
+"""
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": head.token_path, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | token, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_killed_loader_is_replaced_when_an_adapter_is_asked_for(endpoint: Endpoint):
+    before = processes(endpoint, "serving.adapters.worker")
+    assert len(before) == 2
+    digest = publish(Store(endpoint.settings.store), endpoint.home / "cold", endpoint.base, seed=11)
+    endpoint.register("acme", "cold", digest)
+    for loader in before:
+        loader.kill()
+    response = endpoint.ask("acme", f"acme/cold@{digest}")
+    assert response.status_code == 200, response.text
+    assert response.headers["x-adaptory-adapter"] == digest
+    assert 1 <= len(processes(endpoint, "serving.adapters.worker")) <= 2
+
+
+def test_a_killed_gateway_costs_what_it_was_answering(endpoint: Endpoint, answers: Any):
+    before = replicas(endpoint, "gateway")
+    ((gone, pid),) = before.items()
+    engines = replicas(endpoint, "engine")
+    with Load(endpoint, answers, TOKENS, CLIENTS) as load:
+        load.goes_on()
+        os.kill(pid, signal.SIGKILL)
+        killed = time.monotonic()
+        load.goes_on()
+        replaced(endpoint, "gateway", before, gone)
+    assert load.wrong() == []
+    assert load.failed()
+    assert {o.end for o in load.failed()} <= {"lost", "plain"}
+    assert all(o.status is None or o.status >= 500 for o in load.failed() if not o.stream)
+    assert max(Counter(o.client for o in load.failed()).values()) == 1
+    assert all(o.began < killed + 1 for o in load.failed())
+    assert replicas(endpoint, "engine") == engines
+    idle(endpoint)
+
+
+def test_a_killed_controller_is_missed_by_nobody(endpoint: Endpoint, answers: Any):
+    before = replicas(endpoint, "")
+    (controller,) = processes(endpoint, "ServeController")
+    with Load(endpoint, answers, TOKENS, CLIENTS) as load:
+        load.goes_on()
+        controller.kill()
+        load.goes_on()
+        endpoint.route("acme", 0, "later", base_model=endpoint.base_name)
+        assert until(lambda: endpoint.ask("acme", "acme/later").status_code == 200) < 3.0
+        until(lambda: [one.pid for one in processes(endpoint, "ServeController")] not in ([], [controller.pid]), 60)
+        until(lambda: replicas(endpoint, "") == before, 60)
+        load.goes_on()
+    assert load.wrong() == load.failed() == []
+    assert json.loads(endpoint.types("status", "--json").stdout)["serving"]["status"] == "RUNNING"
+
+
+# --- what is gone or no good ----------------------------------------------------------------------------------------
+
+
+def test_without_the_store_warm_adapters_answer_and_cold_ones_say_so(endpoint: Endpoint, answers: Any):
+    here = Path(endpoint.settings.store)
+    cold = [publish(Store(str(here)), endpoint.home / f"cold-{n}", endpoint.base, seed=20 + n) for n in range(2)]
+    for number, digest in enumerate(cold):
+        endpoint.register("acme", f"cold-{number}", digest)
+    arms = [[{"adapter": f"acme/cold-{number}@{digest}"}] for number, digest in enumerate(cold)]
+    away = here.rename(here.with_name("away"))
+    try:
+        with Load(endpoint, answers, TOKENS, CLIENTS) as load:
+            endpoint.route("acme", 0, "cold", adapters=arms[0])
+            endpoint.route("acme", 0, "cold-or-base", adapters=arms[1], fallback=["base"])
+            until(lambda: endpoint.ask("acme", "acme/cold-or-base").status_code == 200)
+            for _ in range(5):
+                refused = endpoint.ask("acme", "acme/cold")
+                assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unavailable")
+                instead = endpoint.ask("acme", "acme/cold-or-base")
+                assert instead.status_code == 200
+                assert instead.headers["x-adaptory-fallback"] == "true"
+                assert instead.headers["x-adaptory-adapter"] == "none"
+                time.sleep(1)
+            load.goes_on()
+        assert load.wrong() == load.failed() == []
+    finally:
+        away.rename(here)
+    for name, digest in (("cold", cold[0]), ("cold-or-base", cold[1])):
+        until(
+            lambda name=name, digest=digest: (
+                endpoint.ask("acme", f"acme/{name}").headers.get("x-adaptory-adapter") == digest
+            )
+        )
+
+
+def corrupt(files: Path, stored: Path) -> None:
+    flip(stored / "adapter_model.safetensors")
+
+
+def tampered(files: Path, stored: Path) -> None:
+    flip(stored / "adapter_model.safetensors")
+    restated(stored)
+
+
+def pickled(files: Path, stored: Path) -> None:
+    (stored / "adapter_model.safetensors").rename(stored / "adapter_model.bin")
+    restated(stored)
+
+
+def traversing(files: Path, stored: Path) -> None:
+    (stored.parent / "outside.json").write_text("{}")
+    restated(stored, "../outside.json")
+
+
+def linked(files: Path, stored: Path) -> None:
+    shutil.move(stored / "adapter_config.json", stored.parent / "config.json")
+    (stored / "adapter_config.json").symlink_to(stored.parent / "config.json")
+
+
+def unfinished(files: Path, stored: Path) -> None:
+    (stored / MANIFEST).unlink()
+
+
+def as_it_is(files: Path, stored: Path) -> None:
+    pass
+
+
+BAD = {
+    "bytes": (corrupt, {}),
+    "digest": (tampered, {}),
+    "weights": (pickled, {}),
+    "contained": (traversing, {}),
+    "published": (unfinished, {}),
+    "rank": (as_it_is, {"rank": 200}),
+    "base": (as_it_is, {"base_digest": "sha256:" + "b" * 64}),
+}
+"""By the check that must refuse it: what is done to it in the store, and what is wrong with it from the start."""
+
+
+@pytest.mark.parametrize(
+    ("check", "spoil", "facts"), [*((c, *how) for c, how in BAD.items()), ("contained", linked, {})]
+)
+def test_an_adapter_that_is_no_good_is_refused_by_name(
+    endpoint: Endpoint, check: str, spoil: Any, facts: dict[str, Any]
+):
+    files, base = (
+        endpoint.home / f"bad-{check}-{spoil.__name__.replace('_', '-')}",
+        facts.get("base_digest", endpoint.base.digest),
+    )
+    write_random(files, endpoint.base, seed=zlib.crc32(files.name.encode()), rank=facts.get("rank", 4))
+    digest = adapter_digest(files, base)
+    put(Store(endpoint.settings.store), files, digest, base)
+    spoil(files, Path(endpoint.settings.store) / adapter_path(digest))
+    endpoint.register("acme", files.name, digest)  # the database takes it for one of this base
+    for stream in (False, True):
+        response = endpoint.ask("acme", f"acme/{files.name}@{digest}", stream=stream)
+        assert (response.status_code, response.json()["error"]["code"]) == (424, f"invalid_adapter.{check}")
+        assert str(endpoint.home) not in response.text
+    assert endpoint.ask("acme").status_code == 200
+
+
+@pytest.mark.parametrize("name", ["acme/../globex/intents", "acme/intents@../../etc", "acme/intents@sha256:../../x"])
+def test_a_name_that_would_leave_its_directory_is_nobodys(endpoint: Endpoint, name: str):
+    response = endpoint.ask("acme", name)
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 0x10
+    file.write_bytes(data)
+
+
+def restated(stored: Path, *more: str) -> None:
+    """Make the manifest fit the files again, as somebody would who wants a change to go unseen."""
+    file = stored / MANIFEST
+    manifest = json.loads(file.read_text())
+    names = [path.name for path in stored.iterdir() if path.name != MANIFEST] + list(more)
+    manifest["files"] = {
+        name: {"size": (stored / name).stat().st_size, "sha256": sha256_file(stored / name)} for name in names
+    }
+    file.write_text(json.dumps(manifest))
+
+
+# --- what is slow ---------------------------------------------------------------------------------------------------
+
+
+def test_clients_that_read_nothing_stall_nobody_and_cost_little(endpoint: Endpoint, answers: Any):
+    """Their answers are made to the end and wait for them; what holds them is freed when they have read or left."""
+    serving = [psutil.Process(pid) for pid in replicas(endpoint, "gateway").values()] + processes(
+        endpoint, "ProxyActor"
+    )
+    with Load(endpoint, answers, TOKENS, CLIENTS) as load:
+        load.goes_on()
+        memory = sum(one.memory_info().rss for one in serving)
+        stalled = [stalls(endpoint, seed) for seed in list(answers["acme"]) * 4]
+        load.goes_on(2 * CLIENTS)
+        grown = sum(one.memory_info().rss for one in serving) - memory
+    assert load.wrong() == load.failed() == []
+    idle(endpoint)  # though they have read nothing yet
+    assert grown < 64 << 20
+    for connection in stalled:
+        assert everything(connection).rstrip().endswith(b"data: [DONE]\n\n\r\n0")
+
+
+def stalls(endpoint: Endpoint, seed: int) -> socket.socket:
+    """Asks for an answer and reads none of it, with as little room for it as the system allows."""
+    fields = {"model": "acme/intents", "stream": True, "seed": seed, "temperature": 1.0, "max_tokens": TOKENS}
+    body = json.dumps(fields | {"messages": [{"role": "user", "content": ASKED}]}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {endpoint.keys['acme']}\r\n"
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+    connection.connect(("127.0.0.1", endpoint.port))
+    connection.settimeout(30)
+    connection.sendall(f"{head}connection: close\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
+    return connection
+
+
+def everything(connection: socket.socket) -> bytes:
+    with connection:
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+# --- what is changed ------------------------------------------------------------------------------------------------
+
+
+def test_a_deploy_in_the_middle_of_traffic_fails_no_request_and_leaves_what_is_the_same(
+    endpoint: Endpoint, answers: Any, tiny_model: Callable[[str], Path]
+):
+    before, second = replicas(endpoint, "engine"), tiny_model("qwen3")
+    with Load(endpoint, answers, TOKENS, CLIENTS) as load:
+        load.goes_on()
+        other = {"name": "second", "reference": str(second)}
+        endpoint.deploy(model(endpoint), other, max_sequences=SEQUENCES)
+        assert before.items() <= replicas(endpoint, "engine").items()
+        assert endpoint.ask("acme", "second").status_code == 200
+        load.goes_on()
+        endpoint.deploy(model(endpoint), max_sequences=SEQUENCES + 1)
+        assert not set(before) & set(replicas(endpoint, "engine"))
+        assert endpoint.ask("acme", "second").status_code == 404
+        load.goes_on()
+    assert load.wrong() == load.failed() == []
