@@ -87,7 +87,7 @@ class EngineReplica:
     def __init__(self, options: EngineOptions, name: str, died: Callable[[], None] | None = None):
         self.name, self._options = name, options
         base, choice = _base(options), options.engine
-        built = _vllm(options, base, choice) if isinstance(choice, VllmChoice) else _own(options, base, died)
+        built = _vllm(options, base, choice, died) if isinstance(choice, VllmChoice) else _own(options, base, died)
         self.engine = built.engine
         requirements = Requirements(
             options.digest, built.places, built.dtype, max_rank=built.max_rank, signature=options.trust.verify
@@ -211,7 +211,7 @@ def _own(options: EngineOptions, base: BaseModel, died: Callable[[], None] | Non
     return _Built(engine, network.places, network.dtype, options.max_rank, pinned=device == "cuda")
 
 
-def _vllm(options: EngineOptions, base: BaseModel, choice: VllmChoice) -> _Built:
+def _vllm(options: EngineOptions, base: BaseModel, choice: VllmChoice, died: Callable[[], None] | None) -> _Built:
     from orchestrator.modeling.adapter_check import base_modules
 
     places = {name: Place(name, 0, *shape) for name, shape in base_modules(base.path).items()}
@@ -222,14 +222,14 @@ def _vllm(options: EngineOptions, base: BaseModel, choice: VllmChoice) -> _Built
         limits = VllmLimits(
             max_sequences=options.max_sequences,
             max_length=options.max_length,
-            max_waiting=8 * options.max_sequences,
+            max_waiting=max(1, options.max_sequences // PLACES_A_WAITER),
             max_adapters=options.max_adapters,
             batch_adapters=choice.batch_adapters,
             max_rank=max_rank,
             cache_share=options.cache_share,
             eager=choice.eager,
         )
-        engine = VllmEngine(base.path, places, dtype, limits)
+        engine = VllmEngine(base.path, places, dtype, limits, died)
     except Exception as error:  # one of vLLM's own could not be unpickled where it is read
         raise ModelError(
             f"vLLM cannot serve {options.reference}: {type(error).__name__}: {str(error)[:500]}",

@@ -17,7 +17,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,7 @@ from serving.engine.protocol import (
     TokenEvent,
     Usage,
 )
+from serving.engine.text import TextStream
 
 # Read when vllm is imported. Bound threads would share their cores with a job that is bound to the same.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -73,6 +74,8 @@ log = logging.getLogger(__name__)
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as the largest rank (`vllm.config.lora.MaxLoRARanks`)."""
+
+_WATCH_SECONDS = 0.5
 
 _BASE = "base"
 """As vLLM's adapters are called, that of requests without one; all others are digests."""
@@ -105,21 +108,32 @@ class VllmLimits:
 @dataclass(eq=False)
 class _Running:
     adapter: str | None
+    unread: int
+    """Tokens of its prompt, until it has begun."""
     aborted: bool = False
 
 
 class VllmEngine:
-    """
+    """To be made and used in one event loop.
+
     Args:
         model: the base model's directory.
         places: linears of the base that an adapter may target.
+        died: called when vLLM has ended though nobody closed it.
 
     Raises:
         Exception: whatever vLLM says when it cannot start.
     """
 
-    def __init__(self, model: Path, places: Places, dtype: torch.dtype, limits: VllmLimits | None = None):
-        self.limits, self.dtype = limits or VllmLimits(), dtype
+    def __init__(
+        self,
+        model: Path,
+        places: Places,
+        dtype: torch.dtype,
+        limits: VllmLimits | None = None,
+        died: Callable[[], None] | None = None,
+    ):
+        self.limits, self.dtype, self._died = limits or VllmLimits(), dtype, died
         self._places = places
         self._directory = Path(tempfile.mkdtemp(prefix="adaptory-vllm-"))
         self._adapters: dict[str, LoRARequest] = {}
@@ -136,7 +150,18 @@ class VllmEngine:
             shutil.rmtree(self._directory, ignore_errors=True)
             raise
         self._vocab = self._llm.model_config.get_vocab_size()
-        self._end = end_tokens(self._llm.get_tokenizer())
+        self._tokenizer = self._llm.get_tokenizer()
+        self._end = end_tokens(self._tokenizer)
+        self._watching = asyncio.get_running_loop().create_task(self._watch())
+
+    async def _watch(self) -> None:
+        """Its processes go when this one does, however that dies; and this one hears when they are gone."""
+        with contextlib.suppress(EngineDeadError):
+            await self._llm.collective_rpc("adaptory_follow", args=(os.getpid(),))
+        while self.alive:
+            await asyncio.sleep(_WATCH_SECONDS)
+        if not self._closed and self._died is not None:
+            self._died()
 
     def _arguments(self, model: Path) -> AsyncEngineArgs:
         limits = self.limits
@@ -156,7 +181,7 @@ class VllmEngine:
             # what arrives is there before what leaves has left, and vLLM must never drop one by itself
             max_cpu_loras=2 * limits.max_adapters + 1,
             max_lora_rank=next((rank for rank in _RANKS if rank >= limits.max_rank), _RANKS[-1]),
-            worker_extension_cls="serving.engine.vllm_worker.LoraReport",
+            worker_extension_cls="serving.engine.vllm_worker.Extension",
             enforce_eager=limits.eager,
             structured_outputs_config={"backend": "xgrammar"},
             generation_config="vllm",  # a request says how it is sampled, not a file of the model
@@ -171,9 +196,9 @@ class VllmEngine:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         self._check(request)
         lora = self._base if request.adapter is None else self._adapters[request.adapter]
-        running = self._running[request.id] = _Running(request.adapter)
+        running = self._running[request.id] = _Running(request.adapter, len(request.prompt_ids))
         self._record.begin(len(self._running))
-        answer = _Answer(request, self._end)
+        answer = _Answer(request, self._end, TextStream(self._tokenizer, request.sampling.stop))
         prompt = tokens_input(list(request.prompt_ids))
         try:
             params = _params(request.sampling, self._end)
@@ -182,6 +207,7 @@ class VllmEngine:
                 async for output in outputs:
                     if running.aborted or output.outputs[0].finish_reason == "abort":
                         break
+                    running.unread = 0
                     event = answer.event(output)
                     if event.usage is not None:
                         self._count(event.usage)
@@ -350,6 +376,8 @@ class VllmEngine:
             steps=record.steps,
             failed_steps=0 if self._closed or self.alive else 1,
             step_seconds=record.busy_seconds,
+            waiting_tokens=sum(running.unread for running in self._running.values()),
+            cache_bytes=config.kv_cache_memory_bytes or 0,
         )
 
     @property
@@ -361,6 +389,7 @@ class VllmEngine:
         if self._closed:
             return
         self._closed = True
+        self._watching.cancel()
         with contextlib.suppress(EngineDeadError):
             for request_id in list(self._running):
                 await self._llm.abort(request_id)
@@ -369,10 +398,14 @@ class VllmEngine:
 
 
 class _Answer:
-    """One answer as it grows."""
+    """One answer as it grows.
 
-    def __init__(self, request: GenerateRequest, end: frozenset[int]):
-        self._request, self._end = request, end
+    Its text is made here and not by vLLM, which begins an answer with the last bytes of the prompt where they are no whole
+    character; and so it ends where our own engine's does.
+    """
+
+    def __init__(self, request: GenerateRequest, end: frozenset[int], text: TextStream):
+        self._request, self._end, self._text = request, end, text
         self.length = 0
         """Tokens, the end of turn excluded."""
 
@@ -383,11 +416,19 @@ class _Answer:
         """
         found = output.outputs[0]
         tokens, finish = tuple(found.token_ids), _finish(found, self._request)
-        if finish is FinishReason.STOP and not isinstance(found.stop_reason, str) and tokens[-1:]:
-            tokens = tokens[:-1] if tokens[-1] in self._end else tokens
+        if finish is FinishReason.STOP and tokens and tokens[-1] in self._end:
+            tokens = tokens[:-1]
+        text = ""
+        for number, token in enumerate(tokens, start=1):
+            text += self._text.push(token)
+            if self._text.stopped:
+                tokens, finish = tokens[:number], FinishReason.STOP
+                break
         self.length += len(tokens)
-        usage = Usage(len(self._request.prompt_ids), output.num_cached_tokens or 0, self.length) if finish else None
-        return TokenEvent(tokens, found.text, finish, usage)
+        if finish is None:
+            return TokenEvent(tokens, text)
+        usage = Usage(len(self._request.prompt_ids), output.num_cached_tokens or 0, self.length)
+        return TokenEvent(tokens, text + self._text.end(), finish, usage)
 
 
 def _finish(found: CompletionOutput, request: GenerateRequest) -> FinishReason | None:
@@ -419,10 +460,10 @@ def _params(sampling: Sampling, end: frozenset[int]) -> SamplingParams:
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         seed=None if sampling.seed is None else sampling.seed % 2 ** (_TRANSFERRED - 1),
-        stop=list(sampling.stop),
         ignore_eos=not ends,
         stop_token_ids=sorted(end) if ends else [],
         structured_outputs=structure,
+        detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )
 

@@ -154,10 +154,14 @@ class Driver:
         places[PHANTOM] = Place(PHANTOM, 0, 512, 512)
         sizes = {"max_sequences": 8, "max_length": 512, "max_waiting": 4, "max_adapters": 4, "batch_adapters": 2}
         sizes |= {"max_rank": 8, "cache_bytes": 64 << 20, "eager": True}
+        self.died = 0
         self._runner = asyncio.Runner()
         self.engine: VllmEngine = self.run(
-            _made(lambda: VllmEngine(base, places, torch.float32, VllmLimits(**sizes | limits)))
+            _made(lambda: VllmEngine(base, places, torch.float32, VllmLimits(**sizes | limits), self._count))
         )
+
+    def _count(self) -> None:
+        self.died += 1
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self._runner.run(asyncio.wait_for(coroutine, timeout=600))
