@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.commands.backend import Backend
+from orchestrator.commands.backend import Backend, complete_version
 from orchestrator.commands.output import (
     Json,
     console,
@@ -35,6 +35,7 @@ Reference = Annotated[
         metavar="ADAPTER",
         help="acme/intents@production, acme/intents@3 or acme/intents@sha256:…; a run's name or id; or a digest or its "
         "first six or more digits.",
+        autocompletion=complete_version,
     ),
 ]
 

@@ -113,14 +113,16 @@ def trained_bases(db: Database) -> list[str]:
 
     with db.read() as session:
         rows = session.execute(select(AdapterRow.base_digest, AdapterRow.provenance).order_by(AdapterRow.created_at))
-        found = {digest: _base_reference(provenance) for digest, provenance in rows if digest}
-    return [reference for reference in found.values() if reference]
+        found = [(digest, _base_reference(provenance)) for digest, provenance in rows]
+    return list({digest: reference for digest, reference in found if digest and reference}.values())
 
 
 def _base_reference(provenance: dict[str, Any]) -> str | None:
-    """In what is published the summary's short form covers the provenance's record; an adapter without a summary has that."""
+    """In what is published the summary's short form covers the provenance's record; an adapter without a summary has that.
+    Of an adapter that was imported by its base's digest alone nobody knows where the base is."""
     base = provenance.get("base_model")
-    return base.get("reference") if isinstance(base, dict) else base
+    found = base.get("reference") if isinstance(base, dict) else base
+    return None if found is None or found.startswith("sha256:") else found
 
 
 # --- details --------------------------------------------------------------------------------------------------------

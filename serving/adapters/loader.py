@@ -75,7 +75,8 @@ class Loader:
         def copy(directory: Path) -> None:
             try:
                 store.fetch(adapter_path(digest), directory)
-            except CorruptObject as error:
-                raise refused("bytes", digest, f"was changed: {error.message}", error.hint or "") from error
+            except CorruptObject as error:  # its message says where the store is, which is no client's affair
+                what = error.message.replace(f"{store.url}/{adapter_path(digest)}/", "")
+                raise refused("bytes", digest, f"was changed: {what}", error.hint or "") from error
 
         return Source(sum(entry.size for entry in manifest.files.values()), copy)

@@ -130,6 +130,9 @@ def test_flipped_bits(loader, write, publish, shelf):
     digest = publish(write())
     flip(shelf(digest) / WEIGHTS)
     assert refusal(loader, digest) == "bytes"
+    with pytest.raises(AdapterError, match=f"was changed: {WEIGHTS} has digest") as caught:
+        loader.load(digest)
+    assert loader.settings.store_url not in str(caught.value), "where the store is concerns no client"
     restate(shelf(digest))
     assert refusal(loader, digest) == "digest"
 

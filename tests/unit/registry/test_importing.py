@@ -12,16 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from orchestrator.commands.serving import trained_bases
 from orchestrator.db import Database
 from orchestrator.errors import AdapterError, ModelError
 from orchestrator.modeling.base_model import BaseModel, publish_base
+from orchestrator.names import AdapterReference
 from orchestrator.registry import importing
 from orchestrator.registry.adapters import get_adapter, publish_adapter, read_provenance
 from orchestrator.registry.importing import import_adapter
 from orchestrator.registry.provenance import Provenance
+from orchestrator.registry.resolving import resolve_references
 from orchestrator.registry.signing import Keys
 from orchestrator.registry.verification import verify
 from orchestrator.registry.versions import AdapterVersion, list_versions, parse_reference
+from orchestrator.runs.repository import list_adapters
 from orchestrator.store import Store
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -64,6 +68,19 @@ def test_imported_it_is_signed_and_a_version(
     assert provenance.imported is not None
     assert provenance.imported.source == str(tmp_path / "trained-0")
     assert "Trained elsewhere" in store.read(f"adapters/{version.digest[7:]}/README.md").decode()
+
+
+def test_imported_it_can_be_served(take: Take, trained: Trained, base: BaseModel, db: Database) -> None:
+    """Under each of its names; `adaptory up` serves its base, if it is known where that is."""
+    take(trained(), base=base.reference)
+    take(trained(), "acme/again", base=base.reference)
+    lost = take(restate(trained(1), base_model_name_or_path=None), "globex/lost", base_digest=base.digest)
+    references = [AdapterReference.parse(each) for each in ("acme/intents@1", "acme/again@1", "globex/lost@1")]
+    assert {found.base_digest for found in resolve_references(db, references).values()} == {base.digest}
+    records = {record.tenant: record for record in list_adapters(db)}
+    assert len(records) == 2
+    assert (records["globex"].digest, records["globex"].run_id, records["globex"].rank) == (lost.digest, None, 4)
+    assert trained_bases(db) == [base.reference]
 
 
 def test_the_same_again_is_the_same_version_and_other_weights_are_the_next(
