@@ -33,8 +33,9 @@ class FairQueue:
         return sum(map(len, self._queues.values()))
 
     def __iter__(self) -> Iterator[Sequence]:
-        for queue in self._queues.values():
-            yield from queue
+        """Any thread may: copying a dictionary's values or a deque is one step for Python's threads."""
+        for queue in tuple(self._queues.values()):
+            yield from tuple(queue)
 
     @property
     def tenants(self) -> set[str]:

@@ -112,10 +112,9 @@ class Scheduler:
 
     @property
     def unread(self) -> int:
-        """Tokens to be computed before all that was asked for can be answered. Any thread may ask: copying a list or a
-        deque is one step for Python's threads."""
+        """Tokens to be computed before all that was asked for can be answered. Any thread may ask."""
         reading = (missing for s in tuple(self.running) if (missing := s.missing) > 1)
-        return sum(reading) + sum(s.missing for s in tuple(self.waiting))
+        return sum(reading) + sum(s.missing for s in self.waiting)
 
     def plan(self) -> list[Work]:
         """Work of one step; the blocks it needs are taken. Empty when nothing waits and nothing runs."""
