@@ -25,8 +25,10 @@ from orchestrator.limits.limiter import LocalLimiter
 from orchestrator.limits.shared import TTL, SharedLimiter
 from orchestrator.modeling.base_model import materialize
 from orchestrator.modeling.prompts import load_tokenizer
+from orchestrator.registry.signing import Keys, Trust
 from orchestrator.routing.table import build_table
 from orchestrator.routing.watcher import RouteWatcher
+from orchestrator.settings import load_settings
 from orchestrator.store import Store
 from orchestrator.tenants.keys import authenticate
 from orchestrator.tenants.usage import UsageWriter
@@ -73,12 +75,12 @@ class InProcess:
             yield item
 
 
-def replica(model: Path, home: Path, **options: Any) -> EngineReplica:
+def replica(model: Path, home: Path, trust: Trust = Trust(()), **options: Any) -> EngineReplica:
     """An engine over a model in a directory; adapters come from `home`/store once it is started."""
     found = materialize(str(model), cache=home / "cache", store=Store(str(home / "store")))
     sizes = {"dtype": "float32", "max_length": 512, "max_sequences": 8} | options
     return EngineReplica(
-        EngineOptions(str(model), found.digest, str(home / "store"), home / "cache", **sizes), "replica-1"
+        EngineOptions(str(model), found.digest, str(home / "store"), home / "cache", trust, **sizes), "replica-1"
     )
 
 
@@ -165,6 +167,7 @@ def main() -> None:
     engine = replica(
         options.model,
         options.home,
+        Keys.of(load_settings()).trust(),
         max_sequences=options.sequences,
         max_adapters=options.adapters,
         memory_bytes=options.memory,

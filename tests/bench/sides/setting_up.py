@@ -59,6 +59,7 @@ def questions(count: int) -> list[str]:
 
 def http_options(case: dict[str, Any], base: str) -> EngineOptions:
     """The engine of both sides of `http_overhead`."""
+    from orchestrator.registry.signing import Keys
     from orchestrator.settings import load_settings
     from serving.replica import EngineOptions
 
@@ -68,6 +69,7 @@ def http_options(case: dict[str, Any], base: str) -> EngineOptions:
         digest=base,
         store_url=settings.store,
         cache=settings.cache,
+        trust=Keys.of(settings).trust(),
         max_length=1024,
         max_sequences=32,
         threads=1,
