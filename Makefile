@@ -41,6 +41,8 @@ lint: $(VENV)/.adaptory-dev ## style, types and import borders, without the test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=tests/bench/sides $(BIN)/mypy tests/gateway_process.py tests/bench/sides/*.py
+	MYPYPATH=tests/bench $(BIN)/mypy tests/bench/*.py
 	$(BIN)/lint-imports --no-cache
 
 format: $(VENV)/.adaptory-dev ## put the code into the house style

@@ -40,9 +40,11 @@ from serving.gateway.ports import Running
 from serving.gateway.prompts import Prompts
 from serving.known_adapters import KnownAdapters
 from serving.replica import EngineOptions, EngineReplica
+from serving.wire import Begun
 
 BASE = "tiny"
 """What clients call the base model."""
+NOBODY = Trust(())
 
 
 class InProcess:
@@ -64,6 +66,7 @@ class InProcess:
             raise
         if isinstance(first, AdaptoryError):
             raise first
+        assert isinstance(first, Begun)
         return Running(first.replica, self._events(first.event, items), items.aclose)
 
     async def _events(self, first: TokenEvent, items: AsyncGenerator[Any, None]) -> AsyncIterator[TokenEvent]:
@@ -75,10 +78,10 @@ class InProcess:
             yield item
 
 
-def replica(model: Path, home: Path, trust: Trust = Trust(()), **options: Any) -> EngineReplica:
+def replica(model: Path, home: Path, trust: Trust = NOBODY, **options: Any) -> EngineReplica:
     """An engine over a model in a directory; adapters come from `home`/store once it is started."""
     found = materialize(str(model), cache=home / "cache", store=Store(str(home / "store")))
-    sizes = {"dtype": "float32", "max_length": 512, "max_sequences": 8} | options
+    sizes: dict[str, Any] = {"dtype": "float32", "max_length": 512, "max_sequences": 8} | options
     return EngineReplica(
         EngineOptions(str(model), found.digest, str(home / "store"), home / "cache", trust, **sizes), "replica-1"
     )

@@ -56,7 +56,7 @@ def main() -> None:
         "engine_core": min(os.sched_getaffinity(0)),
     }
     ratios: dict[str, dict[str, list[float]]] = {arm: {pattern: [] for pattern in PATTERNS} for arm in options.arms}
-    engine_us = []
+    engine_us: list[float] = []
     for pair in range(options.pairs):
         for arm in options.arms:
             for pattern in PATTERNS:

@@ -92,7 +92,10 @@ async def measure(sides: Sides, texts: list[str], options: argparse.Namespace) -
     warming = some(REQUESTS)
     for side in (sides.http, sides.alone):
         await side(warming, NEW_TOKENS)
-    ratios, speeds, added, spent = [], {"http": [], "alone": []}, [], {"http": [], "alone": []}
+    ratios: list[float] = []
+    added: list[float] = []
+    speeds: dict[str, list[float]] = {"http": [], "alone": []}
+    spent: dict[str, list[dict[str, float]]] = {"http": [], "alone": []}
     for pair in range(options.pairs):
         cut, seconds = some(REQUESTS), {}
         for name in in_turn(pair):

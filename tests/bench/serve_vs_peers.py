@@ -121,7 +121,7 @@ def write_adapters(model: Path, target: Path) -> None:
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
                 parameter.data.normal_(std=parameter.shape[1] ** -0.5 if "lora_A" in name else 0.02)
-        adapted.save_pretrained(target / str(number))
+        adapted.save_pretrained(str(target / str(number)))
 
 
 def write_prompts(model: Path, target: Path, count: int) -> None:

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -238,7 +238,7 @@ async def soak(
 
 
 async def phase(
-    name: str, clients: Clients, server: psutil.Process, count: int, seconds: float, odd: list[Awaitable[None]]
+    name: str, clients: Clients, server: psutil.Process, count: int, seconds: float, odd: Sequence[Awaitable[None]]
 ) -> tuple[Seen, list[float]]:
     """What clients saw, and the server's memory in MB, looked at now and then."""
     clients.seen, clients.over = Seen(), time.monotonic() + seconds

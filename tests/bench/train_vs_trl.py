@@ -23,13 +23,13 @@ TRIAL_SECONDS = 150
 LOSS_TOLERANCE = 0.05
 """Of the first step, before any update: both sides compute it in bf16, in another order."""
 
-MODES = [
+MODES: list[Result] = [
     *({"mode": "pad", "micro-batch": size} for size in (1, 2, 4, 8, 16)),
     *({"mode": "grouped", "micro-batch": size} for size in (2, 4, 8, 16)),
     *({"mode": "padding-free", "micro-batch": size} for size in (2, 4, 8, 16)),
     *({"mode": "packed", "micro-batch": 1, "pack-length": length} for length in (512, 1024, 1536)),
 ]
-VARIANTS = [{}, {"attention": "eager"}, {"autocast": True}]
+VARIANTS: list[Result] = [{}, {"attention": "eager"}, {"autocast": True}]
 """Tried on the best modes: another attention, bf16 autocast instead of plain bf16 weights."""
 
 

@@ -17,8 +17,7 @@ from setting_up import http_options
 
 from orchestrator.modeling.prompts import load_tokenizer
 from orchestrator.store import Store, adapter_path
-from serving.engine.local import LocalEngine
-from serving.engine.protocol import GenerateRequest, Sampling
+from serving.engine.protocol import Engine, GenerateRequest, Sampling
 from serving.gateway.prompts import Prompts
 from serving.replica import EngineReplica
 
@@ -41,7 +40,7 @@ async def main() -> None:
     await engine.close()
 
 
-async def answers(engine: LocalEngine, prompts: Prompts, batch: dict[str, Any]) -> dict[str, float]:
+async def answers(engine: Engine, prompts: Prompts, batch: dict[str, Any]) -> dict[str, float]:
     """Seconds until the first token of the last to get one, and until all is answered."""
     sampling = Sampling(max_tokens=batch["tokens"], ignore_end=True)
     asked = [

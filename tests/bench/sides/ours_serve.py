@@ -10,6 +10,7 @@ import torch
 from serving_cases import Batch, options, timed
 from transformers import AutoTokenizer
 
+from orchestrator.modeling.decoder import Decoder
 from orchestrator.modeling.loading import load_model
 from serving.engine.core import EngineCore
 from serving.engine.local import LocalEngine
@@ -31,8 +32,9 @@ def main() -> None:
     chosen = options(__doc__)
     torch.set_num_threads(1)  # as in `serving.replica`
     tokenizer = AutoTokenizer.from_pretrained(chosen.model)
-    network = ServedNetwork(load_model(chosen.model))
-    engine = LocalEngine(EngineCore(network, tokenizer, frozenset({tokenizer.eos_token_id})))
+    network = load_model(chosen.model)
+    assert isinstance(network, Decoder)
+    engine = LocalEngine(EngineCore(ServedNetwork(network), tokenizer, frozenset({tokenizer.eos_token_id})))
     with asyncio.Runner() as runner:
         for path in sorted(chosen.adapters.glob("*/adapter_config.json")):
             runner.run(engine.load_adapter(str(path.parent), Path(path.parent)))

@@ -110,7 +110,7 @@ def environment(name: str, pins: Path, without: tuple[str, ...] = ()) -> str:
     if not stamp.exists() or stamp.read_text() != pins.read_text():
         print(f"Installing {name} into {directory}.", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", directory], check=True)
-        pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+        pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "install", "--no-compile", "--requirement", pins], check=True)
         if without:
             subprocess.run([*pip, "uninstall", "--yes", *without], check=True)

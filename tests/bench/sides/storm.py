@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from orchestrator.modeling.decoder import Decoder
 from orchestrator.modeling.loading import load_model
 from serving.engine.core import EngineCore
 from serving.engine.local import LocalEngine
@@ -40,9 +41,9 @@ def start_engine(case: Case) -> tuple[LocalEngine, list[float]]:
     model = Path(case["model"])
     adapters = len(case["adapters"])
     limits = Limits(cache_tokens=64 * 1024, max_sequences=64, max_adapters=adapters, share_prefixes=False)
-    core = EngineCore(
-        ServedNetwork(load_model(model).eval()), AutoTokenizer.from_pretrained(model), frozenset(), limits
-    )
+    network = load_model(model)
+    assert isinstance(network, Decoder)
+    core = EngineCore(ServedNetwork(network.eval()), AutoTokenizer.from_pretrained(model), frozenset(), limits)
     spent: list[float] = []
     _watch(core, "swap", spent)
     _watch(core, "install", spent)
