@@ -273,7 +273,6 @@ def base_model() -> Path:
 def tenants(model: Path, cold: int) -> tuple[dict[str, str], dict[str, list[str]], Callable[[], None]]:
     """Keys; names of routes, those of warm adapters first; and what changes a route."""
     from orchestrator.db import open_database
-    from orchestrator.db.models import AdapterRow
     from orchestrator.limits.quota import Quota
     from orchestrator.modeling.base_model import materialize
     from orchestrator.names import QualifiedName
@@ -304,11 +303,6 @@ def tenants(model: Path, cold: int) -> tuple[dict[str, str], dict[str, list[str]
                 db, store, directory, Reference(tenant=tenant, name=name.name), keys=Keys.of(settings), actor="soak",
                 cache=settings.cache, max_rank=64, base=str(model), base_digest=digest,
             )  # fmt: skip
-            with db.write() as session:  # the gateway knows those that runs have made
-                session.add(AdapterRow(
-                    tenant=tenant, digest=version.digest, name=name.name, run_id="none", base_digest=digest, rank=8,
-                    created_at=time.time(), metrics={}, provenance={},
-                ))  # fmt: skip
             configs[name] = {"adapters": [{"adapter": f"{name}@{version.digest}"}], "fallback": ["base"]}
             save_route(db, name, parse_config(name, configs[name]), actor="soak", expected=0)
     revisions = dict.fromkeys(configs, 1)

@@ -62,6 +62,7 @@ def serve_until_the_end(case: dict[str, Any], base: str, directory: str, facts: 
             max_length=options.max_length,
             max_sequences=options.max_sequences,
             threads=options.threads,
+            trusted_keys=tuple(key.decode() for key in options.trust.keys),
         )
         deploy(plan)
         pin("ServeReplica:adaptory:engine", case["core"])
@@ -92,7 +93,6 @@ def free_port() -> int:
 def registered(case: dict[str, Any], base: str) -> tuple[list[str], str]:
     """Signed adapters in the store with a route each, and a tenant's key; what is there already is kept."""
     from orchestrator.db import open_database
-    from orchestrator.db.models import AdapterRow
     from orchestrator.limits.quota import Quota
     from orchestrator.names import QualifiedName
     from orchestrator.registry.importing import import_adapter
@@ -126,20 +126,6 @@ def registered(case: dict[str, Any], base: str) -> tuple[list[str], str]:
             base=case["model"],
         )
         digests.append(version.digest)
-        with db.write() as session:
-            session.add(
-                AdapterRow(
-                    tenant=TENANT,
-                    digest=version.digest,
-                    name=name,
-                    run_id="none",
-                    base_digest=base,
-                    rank=case["rank"],
-                    created_at=time.time(),
-                    metrics={},
-                    provenance={},
-                )
-            )
         route = QualifiedName(TENANT, name)
         config = parse_config(route, {"adapters": [{"adapter": f"{TENANT}/{name}@{version.digest}"}]})
         save_route(db, route, config, actor="bench", expected=0)
