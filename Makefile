@@ -69,11 +69,13 @@ $(BIN)/python:
 	  apt-get update -qq && apt-get install -y -qq python3-venv > /dev/null; \
 	  "$$name" -m venv $(VENV); fi
 
-# What a person needs to fine-tune: no DeepSpeed (several workers) and no development tools.
+# What a person needs to fine-tune and serve: no DeepSpeed (several workers) and no development tools. JSON answers need
+# xgrammar, which asks for a gigabyte of Triton, and on a CPU does not use it.
 $(VENV)/.adaptory: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing Adaptory into $(VENV) (one to two minutes)."
 	@started=$$(cat build/.started 2>/dev/null || date +%s.%N); rm -f build/.started; \
 	$(PIP_INSTALL) --editable '.[client]'; \
+	$(PIP_INSTALL) --no-deps xgrammar apache-tvm-ffi; \
 	$(RECORD) install "$$started"
 	@touch $@
 

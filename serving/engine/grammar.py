@@ -38,7 +38,8 @@ class Grammars:
             import xgrammar
         except ImportError as error:
             raise InvalidRequest(
-                "JSON answers need xgrammar, which is not installed.", hint="Install it: pip install xgrammar."
+                "JSON answers need xgrammar, which is not installed.",
+                hint="Install it where the engine runs: pip install 'adaptory[json]'.",
             ) from error
         with self._lock:
             if self._compiler is None:
