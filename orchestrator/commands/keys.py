@@ -8,7 +8,7 @@ import typer
 
 from orchestrator.commands import values
 from orchestrator.commands.backend import Backend, complete_tenant
-from orchestrator.commands.output import Json, console, fields, moment, print_json, say, short_moment, table
+from orchestrator.commands.output import Json, console, moment, print_json, say, short_moment, table
 
 if TYPE_CHECKING:
     from orchestrator.tenants.keys import ApiKey, IssuedKey
@@ -113,11 +113,7 @@ def _reveal(issued: IssuedKey, as_json: bool, also: str = "") -> None:
     if as_json:
         print_json({**_facts(key), "key": issued.secret})
         return
-    pairs = [
-        ("key", issued.secret),
-        ("name", f"{key.name} of tenant {key.tenant}"),
-        ("scopes", ", ".join(key.scopes)),
-        ("expires", moment(key.expires_at) or "never"),
-    ]
-    console().print(fields(pairs))
-    say(f"Keep it now: it is not shown again. {also}".rstrip())
+    typer.echo(issued.secret)  # the result, and nothing else: a shell may put it into a variable
+    until = f"until {moment(key.expires_at)}" if key.expires_at else "without an end"
+    say(f"Key {key.name} of tenant {key.tenant}, for {' and '.join(key.scopes)}, {until}. {also}".rstrip())
+    say("Keep it now: it is not shown again.")
