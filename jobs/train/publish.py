@@ -57,14 +57,32 @@ def publish(session: Session, trainable: Trainable, base: BaseModel, tokenizer: 
                 lambda: (_fresh(session, base) if full else published).logits(probe, keep, None).float(),
                 tolerance=0.0 if published is trainable.network else 1e-4 if spec.train.dtype == "float32" else 2e-2,
             )
-        evaluation = _evaluate(session, published, directory, base, tokenizer, data.test) if spec.evaluate else None
-        with session.phase("publishing"):
-            check_still_ours(session.store, session.resolved.run, session.attempt)
-            provenance = _provenance(session, base, data, evaluation, probes)
-            if full:
-                digest = publish_weights(session.store, directory, provenance)
-            else:
-                digest = publish_adapter(session.store, directory, base.digest, provenance, base=base.path)
+        return publish_checked(session, directory, published, base, tokenizer, data, probes)
+
+
+def publish_checked(
+    session: Session,
+    directory: Path,
+    published: Decoder | PlainDecoder,
+    base: BaseModel,
+    tokenizer: Any,
+    data: PreparedData,
+    probes: dict[str, float],
+) -> RunResult:
+    """Evaluate what was written and loaded back, and put it into the store.
+
+    Args:
+        published: a network that holds what the files in `directory` say.
+        probes: what was measured when they were compared.
+    """
+    evaluation = _evaluate(session, published, directory, base, tokenizer, data.test) if session.spec.evaluate else None
+    with session.phase("publishing"):
+        check_still_ours(session.store, session.resolved.run, session.attempt)
+        provenance = _provenance(session, base, data, evaluation, probes)
+        if isinstance(session.spec.tuning, FullTuning):
+            digest = publish_weights(session.store, directory, provenance)
+        else:
+            digest = publish_adapter(session.store, directory, base.digest, provenance, base=base.path)
     return session.result(RunState.SUCCEEDED, adapter=digest, evaluation=evaluation)
 
 

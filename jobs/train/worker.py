@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,27 @@ def run_worker(session: Session) -> RunResult | None:
     Raises:
         AdaptoryError: of one rank among several, for `driver` to end the group with; alone, it is in the result.
     """
-    store, run, attempt, place = session.store, session.resolved.run, session.attempt, session.place
-    control = Control(store, run, attempt) if place.rank == 0 else None
-    keep = session.spec.train.checkpoint
+    store, run, attempt, keep = session.store, session.resolved.run, session.attempt, session.spec.train.checkpoint
     checkpoints = Checkpoints(store, run, attempt, keep, lambda text, **data: session.say("message", text, **data))
     try:
-        result = _run(session, control, checkpoints)
+        return concluded(session, lambda control: _run(session, control, checkpoints))
+    finally:
+        checkpoints.finish()
+
+
+def concluded(session: Session, work: Callable[[Control | None], RunResult]) -> RunResult | None:
+    """What the work comes to, on rank 0; a failure is a result, too.
+
+    Args:
+        work: told what a person asks of the run, on rank 0.
+
+    Raises:
+        AdaptoryError: of one rank among several, for `driver` to end the group with; alone, it is in the result.
+    """
+    place = session.place
+    control = Control(session.store, session.resolved.run, session.attempt) if place.rank == 0 else None
+    try:
+        result = work(control)
     except AdaptoryError as error:
         log.error("%s", error)
         if place.workers > 1:
@@ -47,17 +63,16 @@ def run_worker(session: Session) -> RunResult | None:
     finally:
         if control:
             control.close()
-        checkpoints.finish()
     return result if place.rank == 0 else None
 
 
 def _run(session: Session, control: Control | None, checkpoints: Checkpoints) -> RunResult:
     spec, place = session.spec, session.place
     with session.phase("loading"), explained(Path(session.resolved.base_model)):
-        base = _base(session)
+        base = load_base(session)
         tokenizer = load_tokenizer(base.path)
     with session.phase("preparing"):
-        data = _data(session, tokenizer)
+        data = load_data(session, tokenizer)
     with session.phase("building"), explained(base.path):
         trainable = make_trainable(spec, base, place, data.train.lengths)
         batches = trainable.batches
@@ -85,7 +100,7 @@ def _run(session: Session, control: Control | None, checkpoints: Checkpoints) ->
     return publish(session, trainable, base, tokenizer, data)
 
 
-def _base(session: Session) -> BaseModel:
+def load_base(session: Session) -> BaseModel:
     base = materialize(
         session.resolved.base_model,
         cache=session.cache,
@@ -97,7 +112,7 @@ def _base(session: Session) -> BaseModel:
     return base
 
 
-def _data(session: Session, tokenizer: Any) -> PreparedData:
+def load_data(session: Session, tokenizer: Any) -> PreparedData:
     data = prepare(
         session.resolved.data,
         session.spec.data,
