@@ -152,7 +152,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
         if workers > 1:
             moved = tensor.to(place.device)
             torch.distributed.all_reduce(moved)
-            tensor = moved.cpu()
+            tensor = moved.to(tensor.device)
         return tensor
 
     device = torch.device("cpu")
