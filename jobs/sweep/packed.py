@@ -171,6 +171,9 @@ class PackedGroup:
     def _gradients(self) -> list[list[float]]:
         """Leave each lane's gradient of its next step with its engine; returns (loss, tokens) of each, over all workers."""
         self._network.train()
+        # one that asks for it has it for all: it changes no result
+        asked = (course.spec.train.gradient_checkpointing for course, _ in self._lanes.courses)
+        self._network.gradient_checkpointing = any(asked)
         totals = torch.zeros(len(self._lanes), 2, dtype=torch.float64)
         coming = [lane.micro_batches(number, self._rows, self._place) for number, lane in enumerate(self._lanes)]
         for parts in joint_passes(coming, self._tokens_at_once):
@@ -238,8 +241,6 @@ class PackedGroup:
         return reports
 
     def _course(self, trial: str, spec: JobSpec) -> Course:
-        if spec.train.gradient_checkpointing:  # of one, then of all: it changes no result
-            self._network.gradient_checkpointing = True
         return Course(trial, spec, self._rows.lengths, self._auto_tokens, self._place.workers)
 
     # --- snapshots
