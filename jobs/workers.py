@@ -157,7 +157,7 @@ def entered(config: dict[str, Any], began: float) -> Iterator[Session]:
         if workers > 1:
             moved = tensor.to(place.device)
             torch.distributed.all_reduce(moved)
-            tensor = moved.cpu()
+            tensor = moved.to(tensor.device)
         return tensor
 
     device = torch.device("cpu")

@@ -251,6 +251,18 @@ class OutOfMemory(TrainingError):
     code = "out_of_memory"
 
 
+class TrialRunsAlone(TrainingError):
+    """A trial that cannot share a network with others: it must be a run of its own. Context: `trial`, `reason`."""
+
+    code = "trial_runs_alone"
+
+
+class NoFreeLane(TrainingError):
+    """As many trials as fit are trained already: one must end first. Context: `trial`, `lanes`."""
+
+    code = "no_free_lane"
+
+
 class Superseded(RunError):
     """A newer attempt owns this run; this one must stop without writing."""
 

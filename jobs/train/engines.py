@@ -60,6 +60,10 @@ class SingleEngine:
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
+        self.collect()
+
+    def collect(self) -> None:
+        """Accumulate the gradient that a backward pass left at the Parameters: of a loss that others have a part in, too."""
         for name, parameter in self._parameters.items():
             master = self._masters[name]
             if master is parameter or parameter.grad is None:
@@ -69,6 +73,13 @@ class SingleEngine:
             else:
                 master.grad += parameter.grad
             parameter.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        """What has accumulated, to be changed in place; zeros where nothing has."""
+        for master in self._masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        return [master.grad for master in self._masters.values() if master.grad is not None]
 
     def step(self, learning_rate: float) -> float:
         norm = nn.utils.clip_grad_norm_(self._masters.values(), self._max_norm or float("inf"))

@@ -13,9 +13,10 @@ def learning_rates(train: TrainSpec, total_steps: int) -> Callable[[int], float]
 
     The curves are transformers' own (a test compares them), written out because `transformers.optimization` takes two
     seconds to import, which the first step would wait for. They are read at the middle of a step, so that neither the
-    first nor the last step is spent at a rate of zero.
+    first nor the last step is spent at a rate of zero. With `warmup_steps` a run that is shorter than its warmup ends on
+    the way up.
     """
-    warmup = round(train.warmup * total_steps)
+    warmup = round(train.warmup * total_steps) if train.warmup_steps is None else train.warmup_steps
     decay = (
         max(1, round(train.decay * total_steps)) if train.schedule == "warmup_stable_decay" else total_steps - warmup
     )

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from jobs.train.exhausted import explained_exhaustion
-from jobs.train.loop import Progress
 from jobs.train.setup import Place
+from jobs.train.steps import Progress
 from orchestrator.runs.events import EventType, EventWriter
 from orchestrator.runs.result import RunResult
 from orchestrator.runs.states import RunState

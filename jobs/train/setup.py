@@ -179,23 +179,27 @@ def load_network(spec: JobSpec, base: BaseModel, place: Place, *, whole: bool = 
 
 
 def make_batches(spec: JobSpec, lengths: Any, network: Network, place: Place) -> Batches:
-    """The run's optimiser steps, dealt to this many workers.
+    """The run's optimiser steps, dealt to this many workers."""
+    return planned_batches(
+        spec.train,
+        lengths,
+        agreed_micro_batch_tokens(spec.train, network, place, lengths),
+        workers=place.workers,
+        packing=spec.train.packing and network.packs,
+        uniform=uses_deepspeed(spec, place),
+    )
 
-    `auto` micro-batches depend on the memory that is free, which each rank finds another amount of: all take the smallest,
-    since ranks that cut the rows differently would skip some, repeat others, and wait for each other in vain.
-    """
-    train = spec.train
-    tokens = min(place.gathered(micro_batch_tokens(train, network, place, int(max(lengths)))))
+
+def planned_batches(train: TrainSpec, lengths: Any, micro_batch_tokens: int, **options: Any) -> Batches:
+    """The optimiser steps that a spec asks for; options as of `Batches`."""
     return Batches(
         lengths,
         batch_size=train.batch_size,
         epochs=train.epochs,
         max_steps=train.max_steps,
         seed=train.seed,
-        workers=place.workers,
-        micro_batch_tokens=tokens,
-        packing=train.packing and network.packs,
-        uniform=uses_deepspeed(spec, place),
+        micro_batch_tokens=micro_batch_tokens,
+        **options,
     )
 
 
@@ -213,6 +217,12 @@ def validation_batches(lengths: Any, network: Network, place: Place, train: Trai
         packing=network.packs,
         uniform=place.workers > 1,
     )
+
+
+def agreed_micro_batch_tokens(train: TrainSpec, network: Network, place: Place, lengths: Any) -> int:
+    """`auto` depends on the memory that is free, which each rank finds another amount of: all take the smallest, since ranks
+    that cut the rows differently would skip some, repeat others, and wait for each other in vain."""
+    return min(place.gathered(micro_batch_tokens(train, network, place, int(max(lengths)))))
 
 
 def micro_batch_tokens(train: TrainSpec, network: Network, place: Place, longest: int) -> int:

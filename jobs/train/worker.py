@@ -12,11 +12,12 @@ from typing import Any
 from jobs.data import PreparedData, prepare
 from jobs.train.checkpoints import Checkpoints
 from jobs.train.control import Control
-from jobs.train.loop import Hooks, Progress, mean_loss, train
+from jobs.train.loop import Hooks, mean_loss, train
 from jobs.train.publish import publish
 from jobs.train.schedule import learning_rates
 from jobs.train.session import Session
 from jobs.train.setup import Trainable, explained, make_trainable, validation_batches
+from jobs.train.steps import Progress
 from orchestrator.errors import AdaptoryError
 from orchestrator.modeling.base_model import BaseModel, materialize, require_chat_template
 from orchestrator.modeling.prompts import load_tokenizer

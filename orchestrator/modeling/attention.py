@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from orchestrator.modeling.documents import Group, alike, places, tokens_at
 from orchestrator.modeling.matmul_attention import Layout, MatmulAttention
 
 Kernel = Literal["matmul", "sdpa"]
@@ -75,85 +76,121 @@ class Documents:
         shared: int = 0,
     ):
         assert shared == 0 or shared < min(lengths), "a document must have tokens of its own"
-        self.lengths, self.shared = list(lengths), shared
-        self.tokens = shared + sum(n - shared for n in self.lengths)
+        self.groups = [Group(tuple(lengths), shared)]
         self.kernel: Kernel = kernel or ("matmul" if torch.device(device).type == "cpu" else "sdpa")
-        self._device = device
+        self.device = device
         self._layouts: dict[tuple[int, int], Layout] = {}
-        own = [torch.arange(shared, n) for n in self.lengths]
-        self.positions = torch.cat([torch.arange(shared), *own]).to(device)
+
+    @classmethod
+    def side_by_side(cls, several: Sequence[Documents]) -> Documents:
+        """The packed batches one behind the other, as one; each keeps what its own documents share."""
+        joined = cls([], several[0].device, several[0].kernel)
+        joined.groups = [group for documents in several for group in documents.groups]
+        return joined
+
+    @property
+    def lengths(self) -> list[int]:
+        return [n for group in self.groups for n in group.lengths]
+
+    @property
+    def shared(self) -> int:
+        """Tokens that stand once for several documents."""
+        return sum(group.shared for group in self.groups)
+
+    @property
+    def tokens(self) -> int:
+        return sum(group.tokens for group in self.groups)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[tokens], each one's in its document."""
+        spans = [span for g in self.groups for span in ((0, g.shared), *((g.shared, n) for n in g.lengths))]
+        return torch.cat([torch.arange(*span) for span in spans]).to(self.device)
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.lengths)
 
     def __call__(self, layer: int, qkv: Tensor, shape: AttentionShape, window: int | None) -> Tensor:
-        if window is not None and window >= max(self.lengths):
+        if window is not None and window >= self.longest:
             window = None
         if self.kernel == "matmul" and shape.softcap is None:
             return MatmulAttention.apply(qkv, self._layout(shape), shape, window)
-        grids = _Gather.apply(qkv, self._grid, self.shared)
+        grids = _Gather.apply(qkv, self._grid)
         attend = _sdpa if shape.softcap is None else _softcapped
-        return _Scatter.apply(self.tokens, self._grid, *(attend(grid, shape, window) for grid in grids))
+        return _Scatter.apply(self.tokens, self._grid.buckets, *(attend(grid, shape, window) for grid in grids))
 
     def _layout(self, shape: AttentionShape) -> Layout:
         """Of the model's heads, which are the same in every layer."""
         heads = shape.heads, shape.kv_heads
         if heads not in self._layouts:
-            self._layouts[heads] = Layout(self.lengths, _alike(self.lengths), self.shared, *heads, self._device)
+            self._layouts[heads] = Layout(self.groups, *heads, self.device)
         return self._layouts[heads]
 
     @cached_property
-    def _grid(self) -> list[Bucket]:
-        return _buckets(self.lengths, self.shared, self._device)
+    def _grid(self) -> _Grid:
+        return _laid_out(self.groups, self.device)
 
 
-def _alike(lengths: Sequence[int]) -> list[list[int]]:
-    """Group documents by length so that little is padded: padding costs time linearly, each group a fixed overhead."""
-    groups: list[list[int]] = []
-    for d in sorted(range(len(lengths)), key=lambda d: -lengths[d]):
-        if groups and lengths[d] >= 0.8 * lengths[groups[-1][0]] - 8:
-            groups[-1].append(d)
-        else:
-            groups.append([d])
-    return [sorted(group) for group in groups]
+@dataclass(frozen=True)
+class _Grid:
+    """A packed batch by buckets."""
+
+    buckets: list[Bucket]
+    beginnings: list[tuple[slice, list[tuple[int, slice]]]]
+    """Of each beginning that documents share: its tokens, and (bucket, documents in it) wherever they stand."""
 
 
-def _buckets(lengths: Sequence[int], shared: int, device: torch.device | str) -> list[Bucket]:
-    starts = [shared]  # of each document's own tokens
-    for n in lengths:
-        starts.append(starts[-1] + n - shared)
-    buckets = []
-    for group in _alike(lengths):
-        longest = max(lengths[d] for d in group)
-        contiguous = group[-1] - group[0] + 1 == len(group) and all(lengths[d] == longest for d in group)
-        if contiguous and not shared:
-            whole = slice(starts[group[0]], starts[group[-1] + 1])
-            buckets.append(Bucket(len(group), longest, whole, None, whole))
+def _laid_out(groups: Sequence[Group], device: torch.device | str) -> _Grid:
+    placed = places(groups)
+    documents = [document for group in placed for document in group]
+    first = {group[0] for group in placed}  # its cells give the shared tokens' result
+    buckets: list[Bucket] = []
+    members = alike(documents)
+    for chosen in members:
+        here = [documents[d] for d in chosen]
+        longest = max(d.length for d in here)
+        contiguous = chosen[-1] - chosen[0] + 1 == len(chosen) and all(d.length == longest for d in here)
+        if contiguous and not any(d.shared for d in here):
+            whole = slice(here[0].start, here[-1].start + longest)
+            buckets.append(Bucket(len(here), longest, whole, None, whole))
             continue
         column = torch.arange(longest)
-        length = torch.tensor([lengths[d] for d in group])[:, None]
-        start = torch.tensor([starts[d] for d in group])[:, None]
-        rows = torch.where(column < shared, column, start + column.minimum(length - 1) - shared).flatten()
-        first = torch.tensor([d == 0 for d in group])[:, None]  # its cells give the shared tokens' result
-        cells = ((column < length) & ((column >= shared) | first)).flatten().nonzero().squeeze(1)
-        buckets.append(Bucket(len(group), longest, rows.to(device), cells.to(device), rows[cells].to(device)))
-    return buckets
+        rows = tokens_at(here, column).flatten()
+        length = torch.tensor([d.length for d in here])[:, None]
+        given = torch.tensor([0 if d in first else d.shared for d in here])[:, None]
+        cells = ((column < length) & (column >= given)).flatten().nonzero().squeeze(1)
+        buckets.append(Bucket(len(here), longest, rows.to(device), cells.to(device), rows[cells].to(device)))
+    beginnings: list[tuple[slice, list[tuple[int, slice]]]] = []
+    for group in placed:
+        if group[0].shared:
+            inside = [
+                (b, [n for n, d in enumerate(chosen) if documents[d] in group]) for b, chosen in enumerate(members)
+            ]
+            # documents of a bucket stand in their order in the batch, so those of one group stand together
+            spans = [(b, slice(numbers[0], numbers[-1] + 1)) for b, numbers in inside if numbers]
+            beginnings.append((slice(group[0].beginning, group[0].beginning + group[0].shared), spans))
+    return _Grid(buckets, beginnings)
 
 
 class _Gather(torch.autograd.Function):
     """Packed tokens into each bucket's grid; padding cells have no gradient, since nothing reads them."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, buckets: list[Bucket], shared: int) -> tuple[Tensor, ...]:
-        ctx.buckets, ctx.shared, ctx.shape = buckets, shared, qkv.shape
-        return tuple(qkv[b.rows].view(b.documents, b.longest, *qkv.shape[1:]) for b in buckets)
+    def forward(ctx: Any, qkv: Tensor, grid: _Grid) -> tuple[Tensor, ...]:
+        ctx.grid, ctx.shape = grid, qkv.shape
+        return tuple(qkv[b.rows].view(b.documents, b.longest, *qkv.shape[1:]) for b in grid.buckets)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         out = grads[0].new_empty(ctx.shape)
-        for bucket, grad in zip(ctx.buckets, grads, strict=True):
+        for bucket, grad in zip(ctx.grid.buckets, grads, strict=True):
             flat = grad.reshape(-1, *ctx.shape[1:])
             out[bucket.tokens] = flat if bucket.cells is None else flat[bucket.cells]
-        if ctx.shared:
-            out[: ctx.shared] = sum(grad[:, : ctx.shared].sum(0, dtype=torch.float32) for grad in grads)
-        return out, None, None
+        for tokens, spans in ctx.grid.beginnings:
+            shared = tokens.stop - tokens.start
+            out[tokens] = sum(grads[b][documents, :shared].sum(0, dtype=torch.float32) for b, documents in spans)
+        return out, None
 
 
 class _Scatter(torch.autograd.Function):

@@ -225,7 +225,7 @@ def kept_segments(segments: Sequence[Segment], keep: Tensor) -> list[Segment]:
     """The same adapters over the kept tokens, `keep` being ascending positions."""
     borders = torch.tensor([border for s in segments for border in (s.start, s.stop)], device=keep.device)
     places = torch.searchsorted(keep, borders.to(keep.dtype)).tolist()
-    return [Segment(s.slot, *places[2 * n : 2 * n + 2]) for n, s in enumerate(segments)]
+    return [Segment(s.slot, places[2 * n], places[2 * n + 1], s.seed) for n, s in enumerate(segments)]
 
 
 def projection_names(model: nn.Module) -> list[str]:
@@ -259,6 +259,12 @@ def add_adapter(model: nn.Module, slot: str, shape: LoraShape, seed: int) -> Non
                     rank=shape.rank,
                 )
         linear.add(slot, shape, generator)
+
+
+def remove_adapter(model: nn.Module, slot: str) -> None:
+    """Empty a slot; one that is empty stays so."""
+    for linear in (m for m in model.modules() if isinstance(m, FusedLinear)):
+        linear.remove(slot)
 
 
 def adapter_parameters(model: nn.Module, slot: str) -> dict[str, nn.Parameter]:

@@ -8,6 +8,7 @@ never mix. Used by training and serving alike. A linear may stand for several of
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -43,6 +44,8 @@ class Segment:
     slot: str | None
     start: int
     stop: int
+    seed: int | None = None
+    """Decides what dropout takes from these tokens, whatever else is in the batch; None: torch's own generator does."""
 
 
 class FrozenWeight(Protocol):
@@ -72,6 +75,7 @@ class _Update:
     segment: slice
     scale: float
     dropout: float
+    seed: int | None
     spans: tuple[tuple[int, int], ...]
     """Output features of each adapted projection; rank rows of A and the same rows of B belong to each in turn."""
 
@@ -96,7 +100,7 @@ class _LoraMatmul(torch.autograd.Function):
         y = x @ plain.t() if bias is None else torch.addmm(bias, x, plain.t())
         kept: list[Tensor | None] = []
         for update, a, b in zip(updates, ab[::2], ab[1::2], strict=True):
-            inputs, mask = _dropped(x[update.segment], update.dropout)
+            inputs, mask = _dropped(x[update.segment], update.dropout, update.seed)
             low = inputs @ a.t()  # [segment, projections · rank]
             rank, out = a.shape[0] // len(update.spans), y[update.segment]
             for n, (start, stop, rows) in enumerate(_spans(update)):
@@ -137,10 +141,12 @@ class _LoraMatmul(torch.autograd.Function):
         return dx, grad_weight, grad_bias, None, *grad_ab
 
 
-def _dropped(x: Tensor, probability: float) -> tuple[Tensor, Tensor | None]:
+def _dropped(x: Tensor, probability: float, seed: int | None) -> tuple[Tensor, Tensor | None]:
     if probability == 0.0:
         return x, None
-    mask = torch.rand_like(x, dtype=torch.float32).ge_(probability).div_(1.0 - probability).to(x.dtype)
+    generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
+    mask = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+    mask = mask.ge_(probability).div_(1.0 - probability).to(x.dtype)
     return x * mask, mask
 
 
@@ -163,9 +169,9 @@ class LoraSlot:
     projections: tuple[Projection, ...]
     shape: LoraShape
 
-    def update(self, segment: slice, training: bool) -> _Update:
+    def update(self, segment: slice, training: bool, seed: int | None) -> _Update:
         spans = tuple((p.start, p.stop) for p in self.projections)
-        return _Update(segment, self.shape.scale, self.shape.dropout if training else 0.0, spans)
+        return _Update(segment, self.shape.scale, self.shape.dropout if training else 0.0, seed, spans)
 
     def split(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
         """The projections' own A and B (views) by PEFT's names, without its prefix."""
@@ -201,6 +207,7 @@ class FusedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.slots: dict[str, LoraSlot] = {}
         self.compute_dtype = dtype
+        self._salt = zlib.crc32(self.projections[0].name.encode())
 
     def add(self, name: str, shape: LoraShape, generator: torch.Generator | None = None) -> bool:
         """Make room for an adapter; False when it targets nothing here.
@@ -235,6 +242,8 @@ class FusedLinear(nn.Module):
         tensors: list[Tensor] = []
         for segment in segments:
             if segment.slot is not None and (slot := self.slots.get(segment.slot)):
-                updates.append(slot.update(slice(segment.start, segment.stop), self.training))
+                # each linear draws from a stream of its own, so that one which recomputes draws the same again
+                seed = None if segment.seed is None else segment.seed ^ self._salt
+                updates.append(slot.update(slice(segment.start, segment.stop), self.training, seed))
                 tensors += self.parameters_of(segment.slot)
         return _LoraMatmul.apply(x, self.weight, self.bias, tuple(updates), *tensors)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from orchestrator.modeling.documents import Document, Group, alike, places, tokens_at
+
 if TYPE_CHECKING:
     from orchestrator.modeling.attention import AttentionShape
 
@@ -57,49 +59,35 @@ class Layout:
     [documents, kv_heads, position], and with queries [documents, kv_heads, position, group].
 
     Args:
-        lengths: tokens of each document, the shared beginning included.
-        groups: documents of similar length, as places in `lengths`.
-        shared: tokens that stand once, before all documents, and begin each of them.
+        groups: the packed batch; what the documents of one share stands in a block as a document of its own.
     """
 
     def __init__(
         self,
-        lengths: Sequence[int],
-        groups: Sequence[Sequence[int]],
-        shared: int,
+        groups: Sequence[Group],
         heads: int,
         kv_heads: int,
         device: torch.device | str,
     ):
-        self.kv_heads, self.group, self.shared = kv_heads, heads // kv_heads, shared
+        self.kv_heads, self.group = kv_heads, heads // kv_heads
         all_heads, kv = heads + 2 * kv_heads, torch.arange(kv_heads)
-        starts = [shared]  # of each document's own tokens
-        for n in lengths:
-            starts.append(starts[-1] + n - shared)
-        self.tokens = starts[-1]
-        self.blocks = [Block(1, 0, shared)] if shared else []  # the shared beginning is a document of its own
-        length_of, start_of = ([[shared]], [[shared]]) if shared else ([], [])
-        for group in groups:
-            self.blocks.append(Block(len(group), shared, max(lengths[d] for d in group)))
-            length_of.append([lengths[d] for d in group])
-            start_of.append([starts[d] for d in group])
+        self.tokens = sum(group.tokens for group in groups)
+        members = _blocks(groups)
+        self.blocks = [Block(len(here), here[0].shared, max(d.length for d in here)) for here in members]
 
         queries: list[Tensor] = []
         keys: list[Tensor] = []
         query_is_real: list[Tensor] = []
         key_is_real: list[Tensor] = []
-        key_is_shared: list[Tensor] = []
-        for block, lengths_here, starts_here in zip(self.blocks, length_of, start_of, strict=True):
-            length, start = torch.tensor(lengths_here)[:, None], torch.tensor(starts_here)[:, None]
+        for block, here in zip(self.blocks, members, strict=True):
+            length = torch.tensor([d.length for d in here])[:, None]
             for first, last, tokens, real in (
                 (block.first, block.last, queries, query_is_real),
                 (0, block.keys, keys, key_is_real),
             ):
-                position = torch.arange(first, last).expand(block.documents, -1)
-                inside = position.minimum(length - 1)  # padding repeats the last token
-                tokens.append(torch.where(inside < shared, inside, start + inside - shared))
+                position = torch.arange(first, last)
+                tokens.append(tokens_at(here, position))  # padding repeats the last token
                 real.append(position < length)
-            key_is_shared.append(torch.arange(block.keys) < shared)
 
         # [documents, kv_heads, position(, group)] of each block, flattened and put together
         def flat(parts: list[Tensor]) -> Tensor:
@@ -111,9 +99,6 @@ class Layout:
         of_key = flat([k[:, None] * all_heads + heads + kv[:, None] for k in keys])
         real_query = flat([r[:, None, :, None].expand(-1, kv_heads, -1, self.group) for r in query_is_real])
         real_key = flat([r[:, None].expand(-1, kv_heads, -1) for r in key_is_real])
-        shared_key = flat(
-            [(s & r)[:, None].expand(-1, kv_heads, -1) for s, r in zip(key_is_shared, key_is_real, strict=True)]
-        )
         self.queries, self.keys = len(of_query), len(of_key)
 
         place = torch.empty(self.tokens * all_heads, dtype=torch.long)
@@ -134,11 +119,16 @@ class Layout:
         """[tokens · heads], its inverse."""
         self.padding = (~real_query).nonzero().squeeze(1).to(device)
         """Query rows of no token."""
-        copies = key_rows[shared_key][of_key[shared_key].sort(stable=True).indices].view(
-            shared * kv_heads, len(lengths) + 1
-        )
-        self.shared_keys = copies.t().contiguous().to(device)
-        """[documents + 1, shared · kv_heads], the rows of each shared key."""
+        self.beginnings: list[tuple[slice, Tensor]] = []
+        """Of each beginning that documents share: its tokens, and [documents + 1, shared · kv_heads], the rows of its keys."""
+        for group, documents in zip(groups, places(groups), strict=True):
+            if not group.shared:
+                continue
+            span = slice(documents[0].beginning, documents[0].beginning + group.shared)
+            shared_key = real_key & (of_key >= span.start * all_heads) & (of_key < span.stop * all_heads)
+            copies = key_rows[shared_key][of_key[shared_key].sort(stable=True).indices]
+            copies = copies.view(group.shared * kv_heads, len(documents) + 1)
+            self.beginnings.append((span, copies.t().contiguous().to(device)))
 
     def split(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """q [documents · kv_heads, positions · group, dim], k and v [documents · kv_heads, keys, dim] of each block."""
@@ -160,6 +150,16 @@ class Layout:
     def part(self, block: Block, first: int, last: int) -> slice:
         """Query rows of positions first..last."""
         return slice((first - block.first) * self.group, (last - block.first) * self.group)
+
+
+def _blocks(groups: Sequence[Group]) -> list[list[Document]]:
+    """The documents of each block: of similar length, and sharing equally many tokens, from which its queries begin."""
+    by_shared: dict[int, list[Document]] = {0: []}
+    for group, documents in zip(groups, places(groups), strict=True):
+        if group.shared:
+            by_shared[0].append(Document(group.shared, documents[0].beginning))
+        by_shared.setdefault(group.shared, []).extend(documents)
+    return [[documents[d] for d in block] for documents in by_shared.values() for block in alike(documents)]
 
 
 class MatmulAttention(torch.autograd.Function):
@@ -206,10 +206,10 @@ class MatmulAttention(torch.autograd.Function):
                 torch.baddbmm(dk_seen, ds.transpose(1, 2), query, beta=beta, alpha=scale, out=dk_seen)
                 torch.baddbmm(dv_seen, p.transpose(1, 2), d_out, beta=beta, out=dv_seen)
         grad = grad_rows.index_select(0, layout.place).view(layout.tokens, -1, shape.head_dim)
-        if layout.shared:
+        for span, copies in layout.beginnings:
             for head, offset in ((shape.heads, 0), (shape.heads + shape.kv_heads, layout.keys)):
-                copies = grad_rows[layout.shared_keys + offset].sum(0, dtype=torch.float32)
-                grad[: layout.shared, head : head + shape.kv_heads] = copies.view(layout.shared, layout.kv_heads, -1)
+                total = grad_rows[copies + offset].sum(0, dtype=torch.float32)
+                grad[span, head : head + shape.kv_heads] = total.view(-1, layout.kv_heads, shape.head_dim)
         return grad, None, None, None
 
 

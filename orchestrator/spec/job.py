@@ -140,6 +140,9 @@ class TrainSpec(SpecModel):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """Fraction of the steps in which the learning rate rises linearly from zero."""
 
+    warmup_steps: Annotated[int, Field(ge=0, le=1_000_000_000)] | None = None
+    """Optimiser steps of warmup, instead of a fraction: runs of different lengths then begin alike."""
+
     decay: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Fraction of the steps in which `warmup_stable_decay` falls to zero at the end."""
 

@@ -95,11 +95,11 @@ def test_memory_that_runs_out_on_one_rank_ends_the_group(make_job: Make, drive: 
             import resource
             from jobs.train import loop
             whole = loop.forward
-            def limited(model, batch, slot):
+            def limited(*arguments):
                 used = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
                 resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, resource.RLIM_INFINITY))
                 try:
-                    return whole(model, batch, slot)
+                    return whole(*arguments)
                 finally:
                     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             loop.forward = limited

@@ -27,7 +27,8 @@ import torch
 from jobs.data.rows import Tokens
 from jobs.train.batches import Batches
 from jobs.train.engines import Engine, SingleEngine, State
-from jobs.train.loop import SLOT, Hooks, Progress, mean_loss, train
+from jobs.train.loop import SLOT, Hooks, mean_loss, train
+from jobs.train.steps import Progress
 from orchestrator.modeling.decoder import adapter_parameters, add_adapter
 from orchestrator.modeling.loading import DTYPES, full_parameters, load_model, train_everything
 from orchestrator.modeling.lora import LoraShape

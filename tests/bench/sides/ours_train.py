@@ -19,8 +19,10 @@ import numpy as np
 
 from jobs.train.batches import Batches
 from jobs.train.engines import SingleEngine
-from jobs.train.loop import SLOT, Hooks, Progress, pack, train
+from jobs.train.loop import SLOT, Hooks, train
+from jobs.train.packing import pack
 from jobs.train.setup import Place, micro_batch_tokens, use_threads
+from jobs.train.steps import Progress
 from orchestrator.modeling.decoder import adapter_parameters, add_adapter
 from orchestrator.modeling.loading import load_model
 from orchestrator.modeling.lora import LoraShape
@@ -35,7 +37,7 @@ class Tokens(NamedTuple):
 
 
 class Rows:
-    """Token rows from a file, as `jobs.train.loop.Rows`."""
+    """Token rows from a file, as `jobs.train.packing.Rows`."""
 
     def __init__(self, path: Path):
         read = [json.loads(line) for line in path.read_text().splitlines()]

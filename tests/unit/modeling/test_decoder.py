@@ -182,6 +182,47 @@ def test_dropout_is_inverted_and_seeded(tiny_model):
     assert loss_of(model, ids, LENGTHS)[0].item() not in runs
 
 
+def test_seeded_dropout_is_the_segments_own(tiny_model):
+    """Loss and gradient of a segment are the same in another batch, after other draws, and where layers are recomputed."""
+    model = randomised(load_model(tiny_model("llama"), dtype=torch.float32), dropout=0.5)
+    randomised(model, "b", 2, dropout=0.3)
+    own, other = packed(lengths=[20]), packed(1, [30])
+
+    def result(seed, beside=False, recompute=False):
+        model.zero_grad()
+        model.gradient_checkpointing = recompute
+        ids = torch.cat([other, own]) if beside else own
+        start, at = len(ids) - 20, torch.arange(len(ids) - 20, len(ids) - 1)
+        documents = Documents([30, 20] if beside else [20])
+        segments = [Segment("b", 0, 30, 9)] if beside else []
+        segments.append(Segment("a", start, len(ids), seed))
+        loss, each = model.loss(ids, documents, ids[at + 1], at, torch.full((19,), 1 / 19), segments)
+        loss.backward()
+        return each, {n: p.grad.clone() for n, p in adapter_parameters(model, "a").items()}
+
+    losses, gradients = result(5)
+    for options in ({"recompute": True}, {"beside": True}, {"beside": True, "recompute": True}):
+        again, also = result(5, **options)
+        torch.testing.assert_close(again, losses, atol=1e-5, rtol=1e-5)
+        for name, gradient in also.items():
+            torch.testing.assert_close(gradient, gradients[name], atol=1e-6, rtol=1e-3, msg=name)
+    assert (result(6)[0] - losses).abs().max() > 1e-3
+
+
+def test_each_linear_drops_by_itself(tiny_model):
+    model = randomised(load_model(tiny_model("llama"), dtype=torch.float32), dropout=0.5)
+    first, second = (layer.o for layer in model.layers)
+    x = torch.ones(7, first.in_features)
+    for linear in (first, second):
+        linear.parameters_of("a")[0].data.fill_(1.0)
+        linear.parameters_of("a")[1].data.fill_(1.0)
+        linear.weight.data.zero_()
+    outs = [linear(x, [Segment("a", 0, 7, seed)]) for linear, seed in ((first, 3), (first, 3), (second, 3), (first, 4))]
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+    assert not torch.equal(outs[0], outs[3])
+
+
 def test_bfloat16_stays_near_fp32(tiny_model):
     exact = randomised(load_model(tiny_model("llama"), dtype=torch.float32))
     rough = randomised(load_model(tiny_model("llama"), dtype=torch.bfloat16))

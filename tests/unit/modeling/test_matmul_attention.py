@@ -51,3 +51,54 @@ def test_context_and_gradient_are_those_of_the_definition(lengths, shared, windo
     (expected,) = torch.autograd.grad(reference, qkv, wanted)
     torch.testing.assert_close(context, reference, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)  # shared gradients are summed in fp32
+
+
+BATCHES = [([40, 9, 33], 6), ([31, 40], 0), ([300, 20, 290], 6), ([12, 50], 11), ([7], 0)]
+"""(lengths, shared) of packed batches of which some share, equally much or not, and some do not."""
+
+
+@pytest.mark.parametrize("kernel", ["matmul", "sdpa"])
+@pytest.mark.parametrize("window", [None, 5])
+def test_side_by_side_each_batch_is_what_it_is_alone(kernel, window):
+    """To fp64's rounding: context and gradient."""
+    torch.manual_seed(0)
+    several = [Documents(lengths, kernel=kernel, shared=shared) for lengths, shared in BATCHES]
+    joined = Documents.side_by_side(several)
+    sizes = [documents.tokens for documents in several]
+    assert joined.tokens == sum(sizes)
+    assert torch.equal(joined.positions, torch.cat([documents.positions for documents in several]))
+    shape = (joined.tokens, SHAPE.heads + 2 * SHAPE.kv_heads, SHAPE.head_dim)
+    qkv = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    wanted = torch.randn(joined.tokens, SHAPE.heads * SHAPE.head_dim, dtype=torch.float64)
+    context = joined(0, qkv, SHAPE, window)
+    (gradient,) = torch.autograd.grad(context, qkv, wanted)
+    alone = [d(0, part, SHAPE, window) for d, part in zip(several, qkv.split(sizes), strict=True)]
+    (expected,) = torch.autograd.grad(torch.cat(alone), qkv, wanted)
+    torch.testing.assert_close(context, torch.cat(alone), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("kernel", ["matmul", "sdpa"])
+@pytest.mark.parametrize("broken", range(len(BATCHES)))
+def test_what_is_not_finite_in_one_batch_reaches_no_other(kernel, softcap, broken):
+    """To the last bit: context and gradient of the others are those beside a sound batch."""
+    torch.manual_seed(0)
+    several = [Documents(lengths, kernel=kernel, shared=shared) for lengths, shared in BATCHES]
+    joined, sizes = Documents.side_by_side(several), [documents.tokens for documents in several]
+    shape = AttentionShape(SHAPE.heads, SHAPE.kv_heads, SHAPE.head_dim, SHAPE.scale, softcap)
+    sound = torch.randn(joined.tokens, SHAPE.heads + 2 * SHAPE.kv_heads, SHAPE.head_dim)
+    wanted = torch.randn(joined.tokens, SHAPE.heads * SHAPE.head_dim)
+    results = []
+    for bad in (None, float("nan"), float("inf")):
+        qkv, out = sound.clone(), wanted.clone()
+        if bad is not None:
+            qkv.split(sizes)[broken].fill_(bad)
+            out.split(sizes)[broken].fill_(bad)
+        qkv.requires_grad_(True)
+        context = joined(0, qkv, shape, 5)
+        (gradient,) = torch.autograd.grad(context, qkv, out)
+        results.append([*context.detach().split(sizes), *gradient.split(sizes)])
+    for number, (expected, *found) in enumerate(zip(*results, strict=True)):
+        if number % len(sizes) != broken:
+            assert all(torch.equal(expected, one) for one in found)

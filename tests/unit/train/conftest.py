@@ -19,7 +19,7 @@ from orchestrator.errors import AdaptoryError
 
 @dataclass
 class MadeRows:
-    """`jobs.train.loop.Rows` in memory."""
+    """`jobs.train.packing.Rows` in memory."""
 
     rows: list[Tokens] = field(default_factory=list)
 

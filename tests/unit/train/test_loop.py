@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 from jobs.train import loop
 from jobs.train.batches import Batches
 from jobs.train.engines import SingleEngine
-from jobs.train.loop import SLOT, Hooks, Progress, pack, train
+from jobs.train.loop import SLOT, Hooks, train
+from jobs.train.packing import pack
+from jobs.train.steps import Progress
 from orchestrator.errors import OutOfMemory, TrainingDiverged
 from orchestrator.modeling.decoder import adapter_parameters, add_adapter
 from orchestrator.modeling.loading import load_model

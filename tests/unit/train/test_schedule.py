@@ -50,6 +50,26 @@ def test_warmup_stable_decay_is_flat_in_between() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "warmup_stable_decay"])
+def test_steps_of_warmup_take_precedence_over_a_fraction(schedule: str) -> None:
+    assert rates(schedule, warmup=0.5, warmup_steps=10) == rates(schedule, warmup=0.1)
+    assert rates(schedule, warmup=0.5, warmup_steps=0) == rates(schedule, warmup=0.0)
+
+
+def test_with_steps_of_warmup_a_shorter_run_is_the_longer_one_until_it_decays() -> None:
+    fields = {"warmup_steps": 10, "decay": 0.2}
+    longer = rates("warmup_stable_decay", 100, **fields)
+    for steps in (50, 75):
+        shorter = rates("warmup_stable_decay", steps, **fields)
+        assert shorter[: steps - steps // 5] == longer[: steps - steps // 5]
+        assert shorter[-1] < 0.06e-3
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "warmup_stable_decay"])
+def test_a_run_shorter_than_its_warmup_ends_on_the_way_up(schedule: str) -> None:
+    assert rates(schedule, 4, warmup_steps=10) == rates("constant", 100, warmup_steps=10)[:4]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "warmup_stable_decay"])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_very_short_runs_learn_in_every_step(schedule: str, steps: int) -> None:
     assert all(0 < rate <= 1e-3 for rate in rates(schedule, steps, warmup=0.03))

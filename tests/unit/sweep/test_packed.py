@@ -1,0 +1,611 @@
+"""A packed trial is its own run: step by step, whatever trains beside it, comes, goes, breaks or is killed. 25 seconds."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from jobs.sweep import snapshots
+from jobs.sweep.packed import PackedGroup
+from jobs.sweep.reports import Compute
+from jobs.train.artifact import load_adapter
+from jobs.train.setup import Place
+from orchestrator.errors import ModelError, NoFreeLane, OutOfMemory, TrainingDiverged, TrialRunsAlone
+from orchestrator.modeling.decoder import adapter_tensors
+from orchestrator.modeling.loading import load_model
+from orchestrator.modeling.lora import FusedLinear
+from orchestrator.spec.job import JobSpec
+from tests.unit.sweep.conftest import PER_EPOCH, Course, alone, check_close, follow, group_of, made_spec, packed, same
+
+Models = Callable[[str], Path]
+
+MIXED = {
+    "plain": made_spec(),
+    "rank": made_spec(tuning__rank=3, tuning__alpha=7.0),
+    "targets": made_spec(tuning__targets=["q_proj", "down_proj"], tuning__rslora=True),
+    "rate": made_spec(train__learning_rate=3e-3, train__schedule="linear", train__warmup=0.3),
+    "batch": made_spec(train__batch_size=3, train__epochs=1.5),
+    "seed": made_spec(train__seed=7, train__max_grad_norm=0.05),
+    "dropout": made_spec(tuning__dropout=0.3, train__seed=3),
+    "adam": made_spec(
+        train__weight_decay=0.1, train__betas=[0.8, 0.99], train__schedule="constant", train__max_grad_norm=None
+    ),
+    "cut": made_spec(train__micro_batch_tokens=40),
+}
+"""Trials that differ in everything that may."""
+
+
+def trunk(epochs: float, **fields: Any) -> JobSpec:
+    """Decays over the second half: 3, 6 and 9 steps have the first in common, the longer two the first three."""
+    wsd = {"train__schedule": "warmup_stable_decay", "train__warmup_steps": 1, "train__decay": 0.5}
+    return made_spec(train__epochs=epochs, **wsd | fields)
+
+
+TRUNK = {f"e{epochs}": trunk(epochs) for epochs in (1, 2, 3)}
+
+
+def forward_passes(group: PackedGroup, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fills with how many adapters each forward pass has."""
+    seen: list[int] = []
+    calculate = group._network.loss
+
+    def loss(*arguments: Any) -> Any:
+        seen.append(len(arguments[5]))
+        return calculate(*arguments)
+
+    monkeypatch.setattr(group._network, "loss", loss)
+    return seen
+
+
+# --- a trial is its own run -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3", "gemma2"])
+def test_trials_side_by_side_are_each_their_own_run(
+    tiny_model: Models, rows: Any, validation_rows: Any, monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    """Losses and weights within 1e-5 at each step, in fp32, of nine trials in joint passes."""
+    directory = tiny_model(architecture)
+    group = group_of(directory, rows, validation_rows)
+    passes = forward_passes(group, monkeypatch)
+    found = packed(group, MIXED)
+    assert max(passes) > 4
+    for trial, spec in MIXED.items():
+        check_close(found[trial], alone(directory, rows, validation_rows, spec))
+
+
+def test_rows_that_begin_alike_compute_their_beginning_once_for_each_lane(
+    tiny_model: Models, alike_rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tiny_model("llama")
+    group = group_of(directory, alike_rows)
+    tokens: list[int] = []
+    calculate = group._network.loss
+    monkeypatch.setattr(group._network, "loss", lambda *a: (tokens.append(len(a[0])), calculate(*a))[1])
+    specs = {name: MIXED[name] for name in ("plain", "seed", "rank")}
+    found = packed(group, specs)
+    for trial, spec in specs.items():
+        check_close(found[trial], alone(directory, alike_rows, None, spec))
+    assert sum(tokens) <= group.computed.tokens - 4 * 3 * 3 * 2 * PER_EPOCH  # 3 of 4 rows, of 3 trials, in each step
+
+
+@pytest.mark.parametrize("kind", ["rows", "alike_rows"])
+def test_what_goes_alone_is_its_own_run_to_the_last_bit(
+    tiny_model: Models, request: pytest.FixtureRequest, validation_rows: Any, kind: str
+) -> None:
+    """No two micro-batches fit together; recomputed layers and dropout among the trials."""
+    rows, directory = request.getfixturevalue(kind), tiny_model("llama")
+    cut = {"train__micro_batch_tokens": 60}
+    specs = {
+        name: spec.model_copy(update={"train": spec.train.model_copy(update={"micro_batch_tokens": 60})})
+        for name, spec in MIXED.items()
+    } | {"recomputed": made_spec(tuning__dropout=0.2, train__gradient_checkpointing=True, **cut)}
+    found = packed(group_of(directory, rows, validation_rows, tokens_at_once=8), specs)
+    for trial, spec in specs.items():
+        expected = alone(directory, rows, validation_rows, spec)
+        assert same(found[trial], expected), trial
+        assert found[trial].validation.items() <= expected.validation.items()
+
+
+def test_layers_are_recomputed_while_a_trial_asks_for_it(tiny_model: Models, rows: Any, tmp_path: Path) -> None:
+    group = group_of(tiny_model("llama"), rows)
+    group.open("a", made_spec())
+    group.open("b", made_spec(train__gradient_checkpointing=True, train__seed=1))
+    group.step()
+    assert group._network.gradient_checkpointing
+    group.snapshot(tmp_path)
+    group.close("b")
+    group.step()
+    assert not group._network.gradient_checkpointing
+    again = group_of(tiny_model("llama"), rows)
+    again.restore(tmp_path)
+    again.step()
+    assert again._network.gradient_checkpointing
+
+
+def test_bfloat16_stays_within_its_own_rounding(tiny_model: Models, rows: Any) -> None:
+    """Losses within 0.02 of nearly 6, weights within 2e-3 after six steps at a learning rate of 2e-3."""
+    directory, specs = tiny_model("llama"), {}
+    for name in ("plain", "rank", "batch", "seed"):
+        train = MIXED[name].train.model_copy(update={"dtype": "bfloat16", "learning_rate": 2e-3})
+        specs[name] = MIXED[name].model_copy(update={"train": train})
+    found = packed(group_of(directory, rows, dtype=torch.bfloat16), specs)
+    for trial, spec in specs.items():
+        check_close(found[trial], alone(directory, rows, None, spec), loss=0.02, weight=2e-3)
+
+
+def test_validation_is_at_the_end_of_each_epoch_and_at_the_end(
+    tiny_model: Models, rows: Any, validation_rows: Any
+) -> None:
+    directory = tiny_model("llama")
+    spec = made_spec(train__epochs=2.5)
+    found = packed(group_of(directory, rows, validation_rows), {"a": spec, "b": made_spec(train__seed=1)})
+    assert list(found["a"].validation) == [PER_EPOCH, 2 * PER_EPOCH, 8]
+    assert list(found["b"].validation) == [PER_EPOCH, 2 * PER_EPOCH]
+    check_close(found["a"], alone(directory, rows, validation_rows, spec))
+
+
+# --- trunks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lanes", [3, 2, 1])
+def test_a_trunks_branch_is_its_own_run(tiny_model: Models, rows: Any, validation_rows: Any, lanes: int) -> None:
+    """To the last bit, with a lane for each branch and with fewer: then those that end later wait."""
+    directory = tiny_model("llama")
+    specs = {
+        name: spec.model_copy(update={"train": spec.train.model_copy(update={"micro_batch_tokens": 64})})
+        for name, spec in TRUNK.items()
+    }
+    group = group_of(directory, rows, validation_rows, tokens_at_once=8, lanes=lanes)
+    found = packed(group, specs)
+    for trial, spec in specs.items():
+        assert same(found[trial], alone(directory, rows, validation_rows, spec))
+    assert (group.computed.steps, group.alone.steps) == (1 + 2 + 2 + 3 + 6, 3 + 6 + 9)
+    assert group.computed.tokens < 0.85 * group.alone.tokens
+
+
+def test_riders_of_one_lane_are_told_each_what_is_theirs(tiny_model: Models, rows: Any, validation_rows: Any) -> None:
+    """At a constant rate, a shorter trial is a longer one's beginning: it finishes on the lane, which goes on."""
+    directory = tiny_model("llama")
+    specs = {f"e{epochs}": made_spec(train__schedule="constant", train__epochs=epochs) for epochs in (3, 1, 2)}
+    group = group_of(directory, rows, validation_rows, lanes=1)
+    found = packed(group, specs)
+    assert (group.computed.steps, group.alone.steps) == (3 * PER_EPOCH, 6 * PER_EPOCH)
+    for trial, spec in specs.items():
+        check_close(found[trial], alone(directory, rows, validation_rows, spec))
+        last = found[trial].last
+        assert last is not None
+        assert (last.state, last.step, last.total_steps, last.epoch) == (
+            "finished",
+            len(found[trial]),
+            len(found[trial]),
+            spec.train.epochs,
+        )
+    assert torch.equal(found["e1"].weights[-1]["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"],
+                       group.adapter("e1")["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"train__learning_rate": 9e-3}, {"train__seed": 1}, {"train__batch_size": 3}, {"train__max_grad_norm": 0.5},
+        {"train__weight_decay": 0.1}, {"train__betas": [0.9, 0.99]}, {"train__eps": 1e-4}, {"tuning__rank": 4},
+        {"tuning__alpha": 8.0}, {"tuning__dropout": 0.1}, {"tuning__rslora": True}, {"tuning__targets": ["q_proj"]},
+        {"train__micro_batch_tokens": 64},
+    ],
+    ids=lambda other: next(iter(other)),
+)  # fmt: skip
+def test_trials_that_differ_have_a_lane_each(tiny_model: Models, rows: Any, other: dict[str, Any]) -> None:
+    group = group_of(tiny_model("llama"), rows, lanes=2)
+    group.open("a", made_spec())
+    group.open("b", made_spec(train__schedule="constant"))  # another first step: cosine falls within it
+    assert group.free == 0
+    group.close("b")
+    group.open("c", made_spec(**other))
+    assert group.free == 0
+
+
+def test_only_a_lane_at_its_beginning_takes_riders(tiny_model: Models, rows: Any) -> None:
+    group = group_of(tiny_model("llama"), rows, lanes=2)
+    group.open("a", trunk(3))
+    group.open("b", trunk(2))
+    assert group.free == 1
+    group.step()
+    group.open("c", trunk(3))
+    assert group.free == 0
+    assert group.steps == {"a": 1, "b": 1, "c": 0}
+
+
+# --- trials come and go ---------------------------------------------------------------------------------------------
+
+
+def test_a_lane_that_is_freed_in_the_middle_takes_another_trial(tiny_model: Models, rows: Any) -> None:
+    directory = tiny_model("llama")
+    group = group_of(directory, rows, lanes=2)
+    for trial in ("plain", "seed"):
+        group.open(trial, MIXED[trial])
+    found = follow(group, {}, steps=2)
+    with pytest.raises(NoFreeLane, match="all 2 lanes"):
+        group.open("rank", MIXED["rank"])
+    group.close("seed")
+    assert group.free == 1
+    group.open("rank", MIXED["rank"])
+    follow(group, found)
+    assert len(found["seed"]) == 2
+    for trial in ("plain", "rank"):
+        check_close(found[trial], alone(directory, rows, None, MIXED[trial]))
+    assert group.free == 2
+    assert sorted(group.finished) == ["plain", "rank"]
+    assert not any(linear.slots for linear in group._network.modules() if isinstance(linear, FusedLinear))
+
+
+def test_closing_a_rider_leaves_the_lane_to_the_others(tiny_model: Models, rows: Any) -> None:
+    directory = tiny_model("llama")
+    group = group_of(directory, rows, lanes=1)
+    for trial, spec in TRUNK.items():
+        group.open(trial, spec)
+    found = follow(group, {}, steps=2)
+    assert group.steps == {"e1": 2, "e2": 1, "e3": 1}
+    group.close("e3")  # waits, together with another
+    group.close("e1")  # has the lane to itself
+    group.close("unknown")
+    follow(group, found)
+    assert (len(found["e1"]), len(found["e3"])) == (2, 1)
+    check_close(found["e2"], alone(directory, rows, None, TRUNK["e2"]))
+
+
+def test_a_finished_trials_adapter_is_there_until_it_is_closed(tiny_model: Models, rows: Any, tmp_path: Path) -> None:
+    directory = tiny_model("llama")
+    group = group_of(directory, rows)
+    found = packed(group, {name: MIXED[name] for name in ("targets", "plain")})
+    group.write_adapter("targets", tmp_path / "adapter", "tiny")
+    fresh = load_model(directory, dtype=torch.float32)
+    load_adapter(fresh, "read", tmp_path / "adapter")
+    read = adapter_tensors(fresh, "read")
+    assert read.keys() == found["targets"].weights[-1].keys()
+    assert all(torch.equal(read[name], value) for name, value in found["targets"].weights[-1].items())
+    group.close("targets")
+    assert group.finished == ["plain"]
+    with pytest.raises(KeyError):
+        group.adapter("targets")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"tuning__type": "qlora"}, "tuning.type qlora"),
+        ({"tuning__type": "full"}, "tuning.type full"),
+        ({"train__packing": False}, "train.packing is false"),
+        ({"train__dtype": "bfloat16"}, "train.dtype is bfloat16, and the base is there in float32"),
+    ],
+)
+def test_what_cannot_share_is_refused_with_the_reason(
+    tiny_model: Models, rows: Any, fields: dict[str, Any], reason: str
+) -> None:
+    group = group_of(tiny_model("llama"), rows)
+    with pytest.raises(TrialRunsAlone, match=reason) as caught:
+        group.open("t", made_spec(**fields))
+    assert caught.value.context["trial"] == "t"
+    assert group.step() == []
+
+
+def test_the_plain_path_is_refused(tiny_model: Models, rows: Any) -> None:
+    with pytest.raises(TrialRunsAlone, match="plain path"):
+        group_of(tiny_model("phi"), rows).open("t", made_spec())
+
+
+@pytest.mark.parametrize("fields", [{"tuning__targets": ["query"]}, {"tuning__rank": 4096}])
+def test_an_adapter_that_does_not_fit_leaves_the_group_as_it_was(
+    tiny_model: Models, rows: Any, fields: dict[str, Any]
+) -> None:
+    group = group_of(tiny_model("llama"), rows, lanes=1)
+    with pytest.raises(ModelError):
+        group.open("t", made_spec(**fields))
+    assert (group.free, group.steps) == (1, {})
+    group.open("t", made_spec())
+    assert len(follow(group, {})["t"]) == 2 * PER_EPOCH
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+def broken_lane(group: PackedGroup, trial: str, value: float) -> None:
+    """Fill every weight of the lane that a trial rides."""
+    (slot,) = [lane.slot for lane in group._lanes for course in lane.courses if course.trial == trial]
+    with torch.no_grad():
+        for name, parameter in group._network.named_parameters():
+            if name.endswith(f"_{slot}"):
+                parameter.fill_(value)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_a_trial_that_diverges_dies_alone(
+    tiny_model: Models, alike_rows: Any, validation_rows: Any, architecture: str, value: float
+) -> None:
+    """The others go on to the last bit as beside a sound trial that is closed after the same step."""
+    names, results = ("plain", "bad", "rank", "dropout"), []
+    for breaks in (False, True):
+        group = group_of(tiny_model(architecture), alike_rows, validation_rows)
+        for name in names:
+            group.open(name, MIXED.get(name) or made_spec(train__seed=3, train__learning_rate=7e-3))
+        found = follow(group, {}, steps=2)
+        if breaks:
+            broken_lane(group, "bad", value)
+            follow(group, found, steps=1)
+            assert "bad" not in group.steps
+        else:
+            follow(group, found, steps=1)
+            group.close("bad")
+        results.append(follow(group, found))
+    sound, beside = results
+    last = beside["bad"].last
+    assert last is not None
+    assert (last.state, last.step, len(beside["bad"])) == ("diverged", 2, 2)
+    assert isinstance(last.error, TrainingDiverged)
+    assert last.error.context["step"] == 3
+    assert last.error.context["trial"] == "bad"
+    assert last.error.context["learning_rate"] == pytest.approx(sound["bad"].rates[2])
+    for name in ("plain", "rank", "dropout"):
+        assert same(sound[name], beside[name])
+        assert sound[name].validation == beside[name].validation
+        assert len(beside[name]) == 2 * PER_EPOCH
+
+
+def test_a_lane_that_diverges_ends_all_its_riders(tiny_model: Models, rows: Any) -> None:
+    directory = tiny_model("llama")
+    group = group_of(directory, rows)
+    specs = {
+        f"e{epochs}": made_spec(train__schedule="constant", train__epochs=epochs, train__seed=1) for epochs in (1, 2)
+    }
+    for trial, spec in (specs | {"plain": MIXED["plain"]}).items():
+        group.open(trial, spec)
+    found = follow(group, {}, steps=1)
+    broken_lane(group, "e1", math.nan)
+    follow(group, found)
+    for trial in specs:
+        last = found[trial].last
+        assert last is not None
+        assert last.error is not None
+        assert (last.state, last.error.context["trial"], last.error.context["step"]) == ("diverged", trial, 2)
+    assert group.free == 16
+    assert group.finished == ["plain"]
+
+
+def test_a_validation_loss_that_is_not_finite_is_divergence(
+    tiny_model: Models, rows: Any, validation_rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = group_of(tiny_model("llama"), rows, validation_rows)
+    calculate = group._network.loss
+
+    def loss(*arguments: Any) -> Any:
+        total, losses = calculate(*arguments)
+        if not group._network.training and len(arguments[5]) == 2:
+            losses = losses * torch.tensor([math.nan, 1.0]).repeat_interleave(torch.tensor([1, len(losses) - 1]))
+        return total, losses
+
+    monkeypatch.setattr(group._network, "loss", loss)
+    found = packed(group, {"a": MIXED["plain"], "b": MIXED["seed"]})
+    last = found["a"].last
+    assert last is not None
+    assert (last.state, last.step) == ("diverged", PER_EPOCH)
+    assert "validation loss nan" in str(last.error)
+    assert found["b"].last is not None
+    assert found["b"].last.step == 2 * PER_EPOCH
+
+
+def test_memory_that_runs_out_in_a_joint_pass_says_what_to_lower(
+    tiny_model: Models, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = group_of(tiny_model("llama"), rows)
+    for name in ("plain", "seed"):
+        group.open(name, MIXED[name])
+
+    def does_not_fit(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(group._network, "loss", does_not_fit)
+    with pytest.raises(OutOfMemory, match=r"sweep\.max_concurrent"):
+        group.step()
+
+
+# --- snapshots ------------------------------------------------------------------------------------------------------
+
+SNAPPED = {name: MIXED[name] for name in ("plain", "rank", "batch", "dropout", "adam")} | TRUNK
+
+
+@pytest.mark.parametrize("done", [0, 1, 2, 4, 7])
+def test_a_group_goes_on_from_a_snapshot_to_the_last_digit(
+    tiny_model: Models, rows: Any, validation_rows: Any, tmp_path: Path, done: int
+) -> None:
+    """With trials that ride together, wait for a lane, have finished, and come after it."""
+    directory, results = tiny_model("llama"), []
+    for killed in (False, True):
+        group = group_of(directory, rows, validation_rows, lanes=6)
+        for trial, spec in SNAPPED.items():
+            group.open(trial, spec)
+        found = follow(group, {}, steps=done)
+        if killed:
+            group.snapshot(tmp_path)
+            before = copy.deepcopy((group.steps, group.finished, group.computed, group.alone))
+            group.step()  # is lost
+            group = group_of(directory, rows, validation_rows, lanes=6)
+            assert group.restore(tmp_path)
+            assert (group.steps, group.finished, group.computed, group.alone) == before
+        if group.free:
+            group.open("late", MIXED["seed"])
+        results.append((follow(group, found), group))
+    (undisturbed, one), (resumed, two) = results
+    assert undisturbed.keys() == resumed.keys()
+    for trial in undisturbed:
+        assert same(undisturbed[trial], resumed[trial]), trial
+        assert undisturbed[trial].validation == resumed[trial].validation
+    assert (one.computed, one.alone) == (two.computed, two.alone)
+    for trial in one.finished:
+        assert all(torch.equal(t, two.adapter(trial)[name]) for name, t in one.adapter(trial).items())
+
+
+def test_how_rows_are_cut_is_part_of_a_snapshot(
+    tiny_model: Models, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process finds another amount of memory free."""
+    from jobs.sweep import packed as module
+
+    def cuts(group: PackedGroup) -> list[list[int]]:
+        return group._lanes.seated[0].course.batches.micro_batches(1, 0)
+
+    directory = tiny_model("llama")
+    monkeypatch.setattr(module, "agreed_micro_batch_tokens", lambda *a: 30)
+    group = group_of(directory, rows)
+    group.open("a", MIXED["plain"])
+    group.step()
+    group.snapshot(tmp_path)
+    monkeypatch.setattr(module, "agreed_micro_batch_tokens", lambda *a: 300)
+    again = group_of(directory, rows)
+    assert again.restore(tmp_path)
+    assert cuts(again) == cuts(group)
+    assert len(cuts(group)) > 1
+
+
+def test_without_a_snapshot_there_is_nothing_to_go_on_from(tiny_model: Models, rows: Any, tmp_path: Path) -> None:
+    group = group_of(tiny_model("llama"), rows)
+    assert not group.restore(tmp_path)
+    assert not group.restore(tmp_path / "nowhere")
+
+
+def test_a_snapshot_that_was_cut_off_leaves_the_one_before(
+    tiny_model: Models, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every file operation in turn."""
+    directory = tiny_model("llama")
+    group = group_of(directory, rows)
+    group.open("a", MIXED["plain"])
+    group.step()
+    group.snapshot(tmp_path)
+    group.step()
+
+    class Killed(Exception):
+        pass
+
+    def half(tensors: dict[str, Tensor], path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise Killed
+
+    def dies(*_: Any) -> None:
+        raise Killed
+
+    for owner, operation, replacement in (
+        (snapshots, "save_file", half),
+        (Path, "write_text", dies),
+        (Path, "replace", dies),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, operation, replacement)
+            with pytest.raises(Killed):
+                group.snapshot(tmp_path)
+        again = group_of(directory, rows)
+        assert again.restore(tmp_path)
+        assert again.steps == {"a": 1}
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", dies)
+        with pytest.raises(Killed):
+            group.snapshot(tmp_path)
+    again = group_of(directory, rows)
+    assert again.restore(tmp_path)
+    assert again.steps == {"a": 2}
+    group.snapshot(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2  # what was cut off is swept up
+
+
+# --- several workers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens_at_once", [400, 8])
+def test_two_workers_are_one(
+    tiny_model: Models, rows: Any, validation_rows: Any, as_ranks: Any, tokens_at_once: int
+) -> None:
+    """Losses and weights within 1e-5 of one worker's; between the two, to the last bit. `batch` leaves a worker without a row
+    in some steps."""
+    directory = tiny_model("llama")
+    specs = {name: spec for name, spec in MIXED.items() if name != "dropout"} | TRUNK  # dropout is each worker's own
+    specs |= {"single": made_spec(train__batch_size=1, train__epochs=0.5)}
+    expected = packed(group_of(directory, rows, validation_rows), specs)
+
+    def work(place: Place) -> dict[str, Course]:
+        return packed(group_of(directory, rows, validation_rows, place=place, tokens_at_once=tokens_at_once), specs)
+
+    first, second = as_ranks(2, work)
+    for trial in specs:
+        check_close(first[trial], expected[trial])
+        assert same(first[trial], second[trial])
+        assert first[trial].validation == second[trial].validation
+
+
+def test_two_workers_go_on_from_a_snapshot(tiny_model: Models, rows: Any, as_ranks: Any, tmp_path: Path) -> None:
+    directory = tiny_model("llama")
+    specs = {name: MIXED[name] for name in ("plain", "dropout")}
+
+    def work(place: Place) -> list[dict[str, Course]]:
+        group = group_of(directory, rows, place=place)
+        for trial, spec in specs.items():
+            group.open(trial, spec)
+        halfway = follow(group, {}, steps=3)
+        group.snapshot(tmp_path)
+        place.gathered(0)  # rank 0 has written
+        again = group_of(directory, rows, place=place)
+        assert again.restore(tmp_path)
+        steps = {trial: Course(losses=[0.0] * 3) for trial in specs}
+        follow(again, steps)
+        return [follow(group, halfway), steps]
+
+    for undisturbed, resumed in as_ranks(2, work):
+        for trial in specs:
+            assert resumed[trial].losses[3:] == undisturbed[trial].losses[3:]
+
+
+def test_a_trial_that_diverges_does_so_on_every_worker(tiny_model: Models, rows: Any, as_ranks: Any) -> None:
+    """Broken on one of them only."""
+    directory = tiny_model("llama")
+
+    def work(place: Place) -> dict[str, Course]:
+        group = group_of(directory, rows, place=place)
+        for name in ("plain", "seed"):
+            group.open(name, MIXED[name])
+        found = follow(group, {}, steps=2)
+        if place.rank == 1:
+            broken_lane(group, "seed", math.nan)
+        return follow(group, found)
+
+    for found in as_ranks(2, work):
+        assert found["seed"].last.state == "diverged"
+        assert found["plain"].last.state == "finished"
+
+
+# --- what is said ---------------------------------------------------------------------------------------------------
+
+
+def test_compute_is_counted_once_a_lane_and_once_a_trial(tiny_model: Models, rows: Any) -> None:
+    group = group_of(tiny_model("llama"), rows)
+    group.open("a", made_spec(train__schedule="constant", train__epochs=1))
+    group.open("b", made_spec(train__schedule="constant", train__epochs=2))
+    group.open("c", made_spec(train__seed=5, train__epochs=1))
+    for _ in itertools.takewhile(bool, (group.step() for _ in itertools.count())):
+        pass
+    epoch = int(sum(rows.lengths))
+    assert group.computed == Compute(3 * PER_EPOCH, 3 * epoch)
+    assert group.alone == Compute(4 * PER_EPOCH, 4 * epoch)
+
+
+def test_who_hears_the_reports_needs_no_torch() -> None:
+    code = "import sys, jobs.sweep.reports; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
