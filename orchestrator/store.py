@@ -65,6 +65,11 @@ def control_path(run: str, attempt: int) -> str:
     return f"runs/{run}/control/a{attempt}.json"
 
 
+def stop_trials_path(run: str) -> str:
+    """Which trials of a sweep a person has ended: `{"stop_trials": ["t03"]}`; it holds for all attempts."""
+    return f"runs/{run}/control/stop_trials.json"
+
+
 def checkpoints_path(run: str) -> str:
     return f"runs/{run}/checkpoints"
 
