@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +26,7 @@ from orchestrator.runs.sweeps import SweepProgress, trials_to_stop
 from orchestrator.spec.sweep import configs
 from orchestrator.store import Store
 
+ROOT = Path(__file__).parents[3]
 SWEEP = """
 sweep:
   search: {learning_rate: {choice: [1.0e-4, 1.0e-3, 1.0e-2]}, epochs: {choice: [1, 2]}}
@@ -379,6 +383,16 @@ def test_the_shell_completes_sweeps_and_the_trials_that_go_on(adaptory, wide, sp
     assert complete_trial(SimpleNamespace(params={"name": "wide"}), "t") == ["t03", "t04", "t05", "t06"]  # type: ignore[arg-type]
     assert complete_trial(SimpleNamespace(params={"name": "none"}), "") == []  # type: ignore[arg-type]
     assert complete_trial(SimpleNamespace(params={}), "") == []  # type: ignore[arg-type]
+
+
+def test_a_real_shell_gets_the_trials_of_the_sweep_that_was_typed(adaptory, wide, goes_on):
+    adaptory("run", wide)
+    adaptory("sweep", "show", "wide")
+    words = {"COMP_WORDS": "adaptory sweep stop-trial wide t", "COMP_CWORD": "4"}
+    script = "import sys; from orchestrator.cli import main; sys.exit(main())"
+    env = {**os.environ, "_ADAPTORY_COMPLETE": "complete_bash", **words, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["t03", "t04", "t05", "t06"], done.stderr
 
 
 # --- plot
