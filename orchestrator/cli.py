@@ -26,6 +26,7 @@ from orchestrator.commands import (
     routes,
     runs,
     schema,
+    sweeps,
     tenants,
     usage,
 )
@@ -56,6 +57,7 @@ _mount(data.app, "data", "Look at training data before a run does.")
 _mount(keys.app, "keys", "Make, rotate and revoke API keys.")
 _mount(routes.app, "routes", "Say which adapters answer under which public name.")
 _mount(runs.app, "runs", "List, show, watch, stop and resume runs.")
+_mount(sweeps.app, "sweep", "Show and draw a sweep's trials, and stop single ones.")
 _mount(tenants.app, "tenants", "List and add tenants, and set what they may use.")
 schema.register(app)
 usage.register(app)

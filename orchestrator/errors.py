@@ -227,6 +227,17 @@ class IllegalTransition(RunError):
     code = "illegal_transition"
 
 
+class TrialError(RunError):
+    """A trial of a sweep that cannot do what was asked of it. Context: `run`, `trial`."""
+
+    code = "trial_error"
+    exit_code = 2
+
+
+class TrialNotFound(TrialError):
+    code = "trial_not_found"
+
+
 class JobFailed(RunError):
     """A run's Ray job ended without a result of its own. Context: `run`, `ray_status`, `log`."""
 

@@ -65,12 +65,22 @@ def control_path(run: str, attempt: int) -> str:
     return f"runs/{run}/control/a{attempt}.json"
 
 
+def stop_trials_path(run: str) -> str:
+    """Which trials of a sweep a person has ended: `{"stop_trials": ["t03"]}`; it holds for all attempts."""
+    return f"runs/{run}/control/stop_trials.json"
+
+
 def checkpoints_path(run: str) -> str:
     return f"runs/{run}/checkpoints"
 
 
 def checkpoint_path(run: str, step: int) -> str:
     return f"{checkpoints_path(run)}/{step:08d}"
+
+
+def trial_path(run: str, trial: str) -> str:
+    """The adapter of a sweep's trial that came to its end, with its reports; until the sweep's end decides what is published."""
+    return f"runs/{run}/trials/{trial}"
 
 
 def segments_path(run: str, stream: str) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from orchestrator.commands.output import say
 from orchestrator.errors import AdaptoryError, ClusterError
 
@@ -150,6 +152,27 @@ def complete_run(incomplete: str) -> list[str]:
     from orchestrator.runs.repository import list_runs
 
     return _complete(incomplete, lambda db: (run.name for run in list_runs(db)))
+
+
+def complete_sweep(incomplete: str) -> list[str]:
+    """Names of sweeps for the shell."""
+    from orchestrator.runs.repository import list_runs
+
+    return _complete(incomplete, lambda db: (run.name for run in list_runs(db) if run.sweeps))
+
+
+def complete_trial(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of the trials of the sweep that was typed before, those that can still be stopped."""
+    from orchestrator.runs.repository import get_run, list_events
+    from orchestrator.runs.sweeps import SweepProgress
+
+    def names(db: Database) -> Iterable[str]:
+        run = get_run(db, str(ctx.params.get("name") or ""))
+        progress = SweepProgress.of(run, list_events(db, run.id))
+        over = {trial.name for trial in progress.trials if trial.state.over}
+        return (name for name in progress.names() if name not in over)
+
+    return _complete(incomplete, names)
 
 
 def _complete(incomplete: str, names: Callable[[Database], Iterable[str]]) -> list[str]:

@@ -82,7 +82,27 @@ def line(event: Event) -> str:
         return f"{data.get('phase', '')} {number(data.get('done', 0))}{of}"
     if event.type == "phase":
         return event.message or f"{data.get('phase', '')} begins"
+    if event.type == "trial":
+        return _of_trial(data, event.message)
+    if event.type == "sweep":
+        return event.message or ", ".join(f"{name} {_plainly(value)}" for name, value in data.items())
     return event.message or f"state {data.get('state', '')}"
+
+
+def _of_trial(data: dict[str, Any], message: str) -> str:
+    """`t03 running: step 4/8, loss 0.5`"""
+    of = f"/{data['total_steps']}" if data.get("total_steps") else ""
+    names = ("epoch", "loss", "validation_loss", "learning_rate", "tokens")
+    figures = [f"step {data['step']}{of}"] if data.get("step") is not None else []
+    figures += [f"{name} {number(data[name])}" for name in names if data.get(name) is not None]
+    said = ", ".join(filter(None, [*figures, str(data.get("message") or message)]))
+    return f"{data.get('trial', '')} {data.get('state', '')}".rstrip() + (f": {said}" if said else "")
+
+
+def _plainly(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plainly(part)}" for name, part in value.items())
+    return number(value)
 
 
 def show_events(events: Iterable[Event | None]) -> None:
@@ -114,7 +134,7 @@ def _bar(events: Iterable[Event | None], out: Console) -> None:
                 continue
             state.take(event)
             if event.type in ("message", "phase") or event.level != "info":
-                bar.console.print(_stamped(event), style=_STYLES.get(event.level, ""))
+                bar.console.print(stamped(event), style=STYLES.get(event.level, ""))
             count = f"{number(state.done)}/{number(state.total)}" if state.total else ""
             bar.update(
                 task,
@@ -134,12 +154,12 @@ def _plain(events: Iterable[Event | None], out: Console) -> None:
             continue
         state.take(event)
         if event.type in ("message", "phase", "state") or event.level != "info":
-            out.print(_stamped(event), style=_STYLES.get(event.level, ""), soft_wrap=True)
+            out.print(stamped(event), style=STYLES.get(event.level, ""), soft_wrap=True)
             continue
         late = event.created_at - said_at >= _SECONDS_BETWEEN_LINES
         if event.type == "progress":
             if late or state.done == state.total:
-                out.print(_stamped(event), soft_wrap=True)
+                out.print(stamped(event), soft_wrap=True)
                 said_at = event.created_at
         elif (
             late
@@ -149,34 +169,42 @@ def _plain(events: Iterable[Event | None], out: Console) -> None:
         ):
             of = f"/{state.total_steps}" if state.total_steps else ""
             out.print(
-                " · ".join(filter(None, (f"{_clock(event)} step {state.step}{of}", state.figures()))), soft_wrap=True
+                " · ".join(filter(None, (f"{clock(event)} step {state.step}{of}", state.figures()))), soft_wrap=True
             )
             said_at = event.created_at
 
 
 _WAITING = "waiting for the job"
-_STYLES = {"warn": "yellow", "error": "red"}
+STYLES = {"warn": "yellow", "error": "red"}
 
 
-def _stamped(event: Event) -> str:
+def stamped(event: Event) -> str:
     mark = {"warn": "warning: ", "error": "error: "}.get(event.level, "")
-    return f"{_clock(event)} {mark}{line(event)}"
+    return f"{clock(event)} {mark}{line(event)}"
 
 
-def _clock(event: Event) -> str:
+def clock(event: Event) -> str:
     return time.strftime("%H:%M:%S", time.localtime(event.created_at))
 
 
 # --- the end --------------------------------------------------------------------------------------------------------
 
 
-def show_end(run: Run) -> None:
+def show_end(run: Run, events: Iterable[Event] = ()) -> None:
     """What a run came to, and what to type next.
+
+    Args:
+        events: of a sweep, whose trials are shown even if it left no result.
 
     Raises:
         AdaptoryError: the run failed; the error is the one that stopped it.
     """
     out = console()
+    if run.sweeps:
+        from orchestrator.commands.showing_sweeps import show_outcome
+        from orchestrator.runs.sweeps import SweepProgress
+
+        show_outcome(run, SweepProgress.of(run, events))
     if run.state == "failed":
         error = failure(run)
         for text in str(error.context.get("log") or "").splitlines()[-_LOG_LINES:]:
@@ -199,7 +227,8 @@ def show_end(run: Run) -> None:
                 ("check", f"adaptory adapters verify {short}"),
                 ("export", f"adaptory adapters export {short} --out ./{run.name}"),
             ]
-        out.print(fields([*rows, ("curves", f"adaptory runs plot {run.name}")]))
+        curves = f"adaptory sweep plot {run.name} --out {run.name}" if run.sweeps else f"adaptory runs plot {run.name}"
+        out.print(fields([*rows, ("curves", curves)]))
     else:
         out.print(f"Run {run.name} {run.state.words}. `adaptory runs resume {run.name}` continues it.")
 

@@ -37,7 +37,7 @@ def run(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Submit a fine-tuning run. It goes on without this terminal; --follow watches it."""
+    """Submit a fine-tuning run, or a sweep of many. It goes on without this terminal; --follow watches it."""
     from orchestrator.commands import submitting
 
     backend = Backend()
@@ -58,16 +58,20 @@ def _after_start(backend: Backend, run: Run, *, follow: bool, as_json: bool) -> 
     else:
         out = console()
         out.print(f"Run {run.name} ({run.id}) {run.state.words}. It goes on without this terminal.")
-        out.print(f"  adaptory runs events {run.name} --follow    watch it")
-        out.print(f"  adaptory runs show {run.name}               where it is")
-        out.print(f"  adaptory runs cancel {run.name}             stop it")
+        ways = {
+            f"adaptory runs events {run.name} --follow": "watch it",
+            f"adaptory {'sweep' if run.sweeps else 'runs'} show {run.name}": "where it is",
+            f"adaptory runs cancel {run.name}": "stop it",
+        }
+        for command, words in ways.items():
+            out.print(f"  {command.ljust(max(map(len, ways)))}    {words}", soft_wrap=True)
 
 
 def _follow(backend: Backend, run: Run, *, as_json: bool) -> None:
     """Render events until the run is settled, then its end. Ctrl-C only stops watching."""
     from orchestrator.commands import following
     from orchestrator.runs.follow import follow
-    from orchestrator.runs.repository import get_run
+    from orchestrator.runs.repository import get_run, list_events
 
     events = follow(
         run.id,
@@ -82,6 +86,10 @@ def _follow(backend: Backend, run: Run, *, as_json: bool) -> None:
             for event in events:
                 if event is not None:
                     print_json_line(event)
+        elif run.sweeps:
+            from orchestrator.commands import following_sweeps
+
+            following_sweeps.show_events(run, events)
         else:
             following.show_events(events)
     except KeyboardInterrupt:
@@ -92,7 +100,7 @@ def _follow(backend: Backend, run: Run, *, as_json: bool) -> None:
         raise typer.Exit(130) from None
     ended = get_run(backend.db, run.id)
     if not as_json:
-        following.show_end(ended)
+        following.show_end(ended, list_events(backend.db, ended.id) if ended.sweeps else ())
         return
     print_json_line(_summary(ended))
     if ended.state == "failed":
@@ -189,6 +197,8 @@ def plot(
     curves = curves_of.Curves.of(list_events(backend.db, run.id))
     if not curves:
         hint = f"`adaptory runs events {run.name}` says how far it came."
+        if run.sweeps:
+            hint = f"It is a sweep: `adaptory sweep plot {run.name} --out {run.name}` draws its trials."
         raise RunError(f"Run {run.name} {run.state.words} and has reported no loss yet.", hint=hint, run=run.id)
     target = out or Path(f"{run.name}.png")
     curves_of.save(curves, run.name, target)

@@ -84,6 +84,7 @@ def show_run(run: Run, attempts: Sequence[Attempt], events: Sequence[Event]) -> 
         ("finished", moment(run.finished_at)),
         ("took", duration(_seconds(run))),
         ("progress", _words(progress)),
+        *_sweep(run, events),
         ("adapter", run.adapter),
         ("error", (run.error or {}).get("message")),
         ("what to do", (run.error or {}).get("hint")),
@@ -165,6 +166,21 @@ def _tuning(tuning: dict[str, Any]) -> str:
     """`lora, rank 8, alpha 16`"""
     figures = [f"{name} {number(tuning[name])}" for name in ("rank", "alpha") if name in tuning]
     return ", ".join([str(tuning.get("type", "")), *figures])
+
+
+def _sweep(run: Run, events: Sequence[Event]) -> list[tuple[str, Any]]:
+    """Of a sweep: how many trials it has, and the best."""
+    if not run.sweeps:
+        return []
+    from orchestrator.commands import showing_sweeps
+    from orchestrator.runs.sweeps import SweepProgress
+
+    progress = SweepProgress.of(run, events)
+    return [
+        ("trials", showing_sweeps.counted(progress)),
+        ("winner" if run.state is RunState.SUCCEEDED else "best", showing_sweeps.best(progress)),
+        ("look", f"adaptory sweep show {run.name}"),
+    ]
 
 
 def _state(run: Run) -> Any:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.commands.output import console, fields, number, say, table
+from orchestrator.commands.output import console, fields, listing, number, say, table
 from orchestrator.errors import ClusterError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from jobs.data import DataReport
     from orchestrator.commands.backend import Backend
     from orchestrator.runs.run import Run
@@ -69,7 +72,8 @@ def _check(spec: JobSpec, settings: Settings) -> _Checked:
     from orchestrator.modeling.preflight import check_job
 
     model = inspect(spec.base_model, cache=settings.cache)
-    check_job(spec, model)
+    for shape in _shapes(spec):
+        check_job(shape, model)
     report = check(spec.data, Path.cwd())
     warnings, notes = report.warnings(), []
     if model.path is not None and model.tokenizer:
@@ -81,6 +85,16 @@ def _check(spec: JobSpec, settings: Settings) -> _Checked:
             f"Note: only the job {seen} {spec.base_model}, and see whether it is complete and fits this spec and its data."
         )
     return _Checked(report, [f"Warning: {warning}" for warning in warnings] + notes)
+
+
+def _shapes(spec: JobSpec) -> Iterator[JobSpec]:
+    """The job, and of a sweep each size of adapter that a trial may have: a base model may be too small for one."""
+    from orchestrator.spec.sweep import trial_spec
+
+    yield spec
+    for name in ("tuning.rank", "tuning.targets"):
+        for value in spec.sweep.space[name].ends if spec.sweep and name in spec.sweep.space else ():
+            yield trial_spec(spec, {name: value})
 
 
 def say_data(report: DataReport) -> None:
@@ -159,6 +173,7 @@ def plan(spec: JobSpec, backend: Backend) -> dict[str, Any]:
         "training_rows": rows,
         "steps_per_epoch": math.ceil(rows / spec.train.batch_size) if rows else None,
         "steps": steps(spec, rows) if rows else None,
+        "sweep": _planned_sweep(spec, rows) if spec.sweep else None,
         "workers": spec.resources.workers,
         "deepspeed": spec.deepspeed.model_dump() if spec.resources.workers > 1 or spec.tuning.type == "full" else None,
         "cluster": settings.ray_address or "local Ray",
@@ -186,9 +201,37 @@ def plan(spec: JobSpec, backend: Backend) -> dict[str, Any]:
 
 
 def steps(spec: JobSpec, rows: int) -> int:
-    """Optimiser steps, before rows that are too long are dropped."""
-    whole = max(1, math.ceil(rows * spec.train.epochs / spec.train.batch_size))
-    return min(whole, spec.train.max_steps or whole)
+    """Optimiser steps, before rows that are too long are dropped; of a sweep, those of all trials, were none stopped early."""
+    from orchestrator.spec.sweep import configs, total_steps, trial_spec
+
+    if spec.sweep is None:
+        return total_steps(spec, rows)
+    chosen = configs(spec)
+    if chosen is None:  # a trial of optuna may be any: as if all were as the spec has it
+        return spec.sweep.count * total_steps(spec, rows)
+    return sum(total_steps(trial_spec(spec, config), rows) for config in chosen)
+
+
+def _planned_sweep(spec: JobSpec, rows: int | None) -> dict[str, Any]:
+    """Which trials there would be."""
+    from orchestrator.spec.sweep import configs, suggested, total_steps, trial_name, trial_spec
+
+    assert spec.sweep is not None
+    sweep, chosen = spec.sweep, configs(spec)
+    trials = []
+    for number_, config in enumerate(suggested(spec)[: sweep.count] if chosen is None else chosen, 1):
+        length = total_steps(trial_spec(spec, config), rows) if rows else None
+        trials.append({"trial": trial_name(number_), "config": config, "steps": length})
+    return {
+        "trials": trials,
+        "count": sweep.count,
+        "combinations": sweep.combinations,
+        "all": chosen is not None and sweep.count == sweep.combinations,
+        "searcher": sweep.searcher,
+        "scheduler": sweep.scheduler,
+        "metric": sweep.metric,
+        "mode": sweep.better,
+    }
 
 
 def show(whole: dict[str, Any]) -> None:
@@ -213,9 +256,43 @@ def show(whole: dict[str, Any]) -> None:
         *((f"  {name}", path) for name, path in planned["writes"].items()),
     ]
     out.print(fields(pairs, title="Plan"))
+    if planned["sweep"]:
+        _show_sweep(planned["sweep"], out)
     for note in whole["notes"]:
         say(note)
     say(f"Nothing was started. The resolved spec is in {whole['directory']}/spec.json.")
+
+
+def _show_sweep(planned: dict[str, Any], out: Console) -> None:
+    from orchestrator.runs.winner import setting
+    from orchestrator.spec.sweep import short_name
+
+    trials = planned["trials"]
+    names = list(trials[0]["config"]) if trials else []
+    columns = ["trial", *map(short_name, names), "steps"]
+    rows = [
+        [
+            one["trial"],
+            *(setting(one["config"][name]) for name in names),
+            "" if one["steps"] is None else number(one["steps"]),
+        ]
+        for one in trials
+    ]
+    right = [column for column in columns if column not in ("trial", "targets", "schedule")]
+    which = ", all combinations" if planned["all"] else f" of {number(planned['combinations'])} combinations"
+    which = "" if planned["combinations"] is None else which
+    out.print()
+    if rows:
+        result = listing(columns, rows, width=out.width, right=right, drop=("steps",))
+        result.title = "Trials" if len(rows) == planned["count"] else "Trials that are tried first"
+        out.print(result)
+    if len(rows) < planned["count"]:
+        out.print(
+            f"The searcher {planned['searcher']} chooses the {'others' if rows else 'trials'} by what earlier ones came to."
+        )
+    early = f"; {planned['scheduler']} stops the worse ones early" if planned["scheduler"] != "none" else ""
+    best = "lowest" if planned["mode"] == "min" else "highest"
+    out.print(f"{number(planned['count'])} trials{which}{early}; the one with the {best} {planned['metric']} wins.")
 
 
 def _about(count: int | None) -> str:

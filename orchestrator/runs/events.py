@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 from orchestrator.runs.segments import SegmentWriter, list_segments, read_segment
 from orchestrator.store import Store
 
-EventType = Literal["message", "metrics", "phase", "progress", "state"]
+EventType = Literal["message", "metrics", "phase", "progress", "state", "sweep", "trial"]
 
 
 class Event(BaseModel):
@@ -32,7 +32,10 @@ class Event(BaseModel):
     type: EventType
     """`metrics`: `data` has `step` and numbers (`loss`, `learning_rate`, `grad_norm`, `tokens`, `tokens_per_second`,
     `seconds_left`, `epoch`, `total_steps`, or `validation_loss`). `phase`: `data.phase` names what begins. `progress`:
-    `data` has `phase`, `done`, `total`. `state`: `data.state` is a RunState. `message`: words only."""
+    `data` has `phase`, `done`, `total`. `state`: `data.state` is a RunState. `message`: words only.
+    `trial`: `data` has `trial` (its name), `config`, `state` (a TrialState), and as far as known `step`, `total_steps`, `epoch`, `loss`,
+    `validation_loss`, `learning_rate`, `tokens`, `metrics` (what `evaluate` measured); the last event of a trial is the truth. `sweep`:
+    `data` has `plan` (`placement` and `why`), `best` (a trial's name) with `metric` (its value), `compute`, or `seconds_left`."""
 
     level: Literal["info", "warn", "error"] = "info"
     message: str = ""

@@ -47,7 +47,8 @@ def store_of(run: Run, store: Store) -> Store:
 
 
 def entrypoint(store: Store, run: Run) -> str:
-    parts = ["python", "-m", "jobs.train", "--store", store.url, "--run", run.id, "--attempt", str(run.attempt)]
+    module = "jobs.sweep" if run.sweeps else "jobs.train"
+    parts = ["python", "-m", module, "--store", store.url, "--run", run.id, "--attempt", str(run.attempt)]
     return shlex.join(parts)
 
 

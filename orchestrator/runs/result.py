@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from orchestrator.runs.states import RunState
+from orchestrator.runs.states import RunState, TrialState
 
 
 class AnswerSample(BaseModel):
@@ -27,6 +28,73 @@ class EvaluationResult(BaseModel):
     samples: list[AnswerSample] = []
 
 
+class TrialResult(BaseModel):
+    """What one configuration of a sweep came to."""
+
+    name: str
+    """`t01`, `t02`, …"""
+    config: dict[str, Any]
+    """Field (`train.learning_rate`) → value."""
+    state: TrialState
+    steps: int = 0
+    """Optimiser steps that it took, shared ones too."""
+    epochs: float = 0.0
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """Last values: `validation_loss`, `train_loss`, and what `evaluate` measured."""
+    seconds: float | None = None
+    """From its first step to its last. Trials of a group share their time, so these add up to more than the sweep took."""
+    message: str = ""
+    """Why it ended before its end."""
+    adapter: str | None = None
+    """Digest (`sha256:…`), if it was published."""
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _numbers_only(cls, metrics: Any) -> Any:
+        """A loss that is no number is no figure to compare; the state says that it diverged."""
+        if not isinstance(metrics, dict):
+            return metrics
+        return {
+            name: value
+            for name, value in metrics.items()
+            if value is not None and not (isinstance(value, float) and not math.isfinite(value))
+        }
+
+
+class SweepCompute(BaseModel):
+    """What a sweep really computed, and what its trials would have cost as runs of their own."""
+
+    steps: int = 0
+    """Optimiser steps of all lanes; one that several trials share counts once."""
+    tokens: int = 0
+    seconds: float = 0.0
+    """Of training."""
+    separate_steps: int = 0
+    """Of all trials one by one, each as far as it came."""
+    separate_tokens: int = 0
+    unstopped_steps: int | None = None
+    """The same if none had been stopped."""
+    unstopped_tokens: int | None = None
+
+
+class SweepResult(BaseModel):
+    trials: list[TrialResult]
+    """In the order in which they were made."""
+    best: str | None = None
+    """Name of the winner; None when no trial has reported the metric."""
+    metric: str
+    mode: Literal["min", "max"]
+    placement: str
+    """`packed`, `concurrent` or `one_by_one`."""
+    why: str = ""
+    """Why the trials were placed so, with what was measured."""
+    compute: SweepCompute = SweepCompute()
+
+    @property
+    def winner(self) -> TrialResult | None:
+        return next((trial for trial in self.trials if trial.name == self.best), None)
+
+
 class RunResult(BaseModel):
     attempt: int
     state: RunState
@@ -38,6 +106,8 @@ class RunResult(BaseModel):
     metrics: dict[str, float] = Field(default_factory=dict)
     """Last values: `train_loss`, `validation_loss`, `steps`, `tokens`, `tokens_per_second`, `peak_memory_bytes`."""
     evaluation: EvaluationResult | None = None
+    sweep: SweepResult | None = None
+    """Of a run with many trials; adapter, metrics and evaluation are then the winner's."""
     seconds: dict[str, float] = Field(default_factory=dict)
     """Where the time went, by phase."""
     finished_at: float

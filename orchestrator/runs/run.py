@@ -42,6 +42,11 @@ class Run(_Record):
     """Times are seconds since the epoch."""
 
     @property
+    def sweeps(self) -> bool:
+        """Whether it is a sweep: many trials instead of one fine-tune."""
+        return self.spec.get("sweep") is not None
+
+    @property
     def settled(self) -> bool:
         """Whether nothing happens any more unless a person asks for it: final or paused."""
         return self.state.final or self.state is RunState.PAUSED

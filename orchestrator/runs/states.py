@@ -1,4 +1,4 @@
-"""Run states: OpenAI's names, with their legal transitions and what Ray's job states mean for them."""
+"""Run states: OpenAI's names, with their legal transitions and what Ray's job states mean for them. And the states of trials."""
 
 from __future__ import annotations
 
@@ -45,3 +45,20 @@ _TRANSITIONS: dict[RunState, set[RunState]] = {
     RunState.FAILED: {RunState.QUEUED},  # resumed from its last checkpoint
     RunState.CANCELLED: {RunState.QUEUED},
 }
+
+
+class TrialState(StrEnum):
+    """Of one trial of a sweep."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    """Before its end: by the scheduler, by a person, or by the budget; its message says who."""
+    DIVERGED = "diverged"
+    """Its loss is no number any more, or has exploded; its neighbours go on."""
+    FAILED = "failed"
+
+    @property
+    def over(self) -> bool:
+        return self not in (TrialState.PENDING, TrialState.RUNNING)

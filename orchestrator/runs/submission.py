@@ -6,6 +6,7 @@ Each step first changes the database and then acts on the store and Ray; reconci
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.metadata
 import platform
 import subprocess
@@ -17,7 +18,15 @@ from urllib.parse import urlsplit
 
 import orchestrator
 from orchestrator.db import Database, leases
-from orchestrator.errors import AdaptoryError, ClusterError, IllegalTransition, RunError, SettingsError
+from orchestrator.errors import (
+    AdaptoryError,
+    ClusterError,
+    IllegalTransition,
+    RunError,
+    SettingsError,
+    TrialError,
+    TrialNotFound,
+)
 from orchestrator.registry.signing import Keys
 from orchestrator.runs import repository
 from orchestrator.runs.client import JobClient
@@ -26,6 +35,7 @@ from orchestrator.runs.reconcile import reconcile, stop
 from orchestrator.runs.repository import get_run, transition
 from orchestrator.runs.run import Attempt, Run
 from orchestrator.runs.states import RunState
+from orchestrator.runs.sweeps import SweepProgress, ask_to_stop
 from orchestrator.settings import Settings
 from orchestrator.spec.job import DataSpec, JobSpec
 from orchestrator.spec.resolved import ResolvedData, ResolvedSpec
@@ -177,6 +187,46 @@ def pause(
             say(f"{run.name} {run.state.words}.")
             state = run.state
     return run
+
+
+def stop_trial(run: Run, trial: str, *, settings: Settings, store: Store, db: Database, jobs: JobClient | None) -> bool:
+    """Ask a sweep to end one of its trials; what it has reached until then counts. Whether it was not asked before.
+
+    Raises:
+        TrialError: the run has no trials, or this one is over.
+        TrialNotFound: it has no trial of this name; names the nearest.
+        IllegalTransition: the run is not active.
+    """
+    if not run.sweeps:
+        raise TrialError(
+            f"Run {run.name} is one fine-tune and has no trials.",
+            hint=f"`adaptory runs cancel {run.name}` ends it.",
+            run=run.id,
+            trial=trial,
+        )
+    run = _as_it_is_now(run, store=store, db=db, jobs=jobs, settings=settings)
+    progress = SweepProgress.of(run, repository.list_events(db, run.id))
+    known = progress.names()
+    if trial not in known:
+        near = difflib.get_close_matches(trial, known, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"`adaptory sweep show {run.name}` names them."
+        raise TrialNotFound(f"Sweep {run.name} has no trial {trial!r}.", hint=hint, run=run.id, trial=trial)
+    if trial in progress.named and (state := progress.named[trial].state).over:
+        raise TrialError(
+            f"Trial {trial} of sweep {run.name} is {state.value} already.",
+            hint=f"`adaptory sweep show {run.name}` says what runs.",
+            run=run.id,
+            trial=trial,
+            state=state.value,
+        )
+    if not run.state.active:
+        raise IllegalTransition(
+            f"Sweep {run.name} {run.state.words}: none of its trials runs.", run=run.id, state=run.state.value
+        )
+    with leases.holding(db, f"stop-trials:{run.id}", wait=30.0) as got:
+        if not got:
+            raise TrialError(f"Somebody else is stopping trials of {run.name} now.", hint="Try again.", run=run.id)
+        return ask_to_stop(store_of(run, store), run.id, trial)
 
 
 def cancel(

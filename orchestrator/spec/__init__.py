@@ -1,1 +1,1 @@
-"""What people write (`job`), how it is read (`loading`), and what a job reads (`resolved`). Imports neither torch nor ray."""
+"""What people write (`job`, `sweep`), how it is read (`loading`), and what a job reads (`resolved`). Imports neither torch nor ray."""

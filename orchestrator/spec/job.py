@@ -2,43 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, field_validator, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import Discriminator, Field, field_validator, model_validator
 
 from orchestrator.names import NAME_PATTERN
-
-
-class SpecModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _truth_is_no_number(cls, data: Any) -> Any:
-        """Python takes `true` for 1, and YAML `yes` and `on` for `true`. (As a validator of fields, pydantic would not have
-        it on a union's `type`.)"""
-        given = data if isinstance(data, dict) else {}
-        wrong = [
-            InitErrorDetails(type=_TRUTH, loc=(name,), input=value)
-            for name, value in given.items()
-            if name in cls.model_fields and cls.model_fields[name].annotation is not bool and _holds_truth(value)
-        ]
-        if wrong:
-            raise ValidationError.from_exception_data(cls.__name__, wrong)
-        return data
-
-
-_TRUTH = PydanticCustomError("truth_value", "a truth value stands where none can be")
-
-
-def _holds_truth(value: Any) -> bool:
-    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(isinstance(one, bool) for one in value))
-
-
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]
-"""Far above any use, and within what every library below counts with."""
+from orchestrator.spec.base import Fraction, PositiveInt, SpecModel
+from orchestrator.spec.sweep import SweepSpec
+from orchestrator.spec.sweep_check import check_sweep
 
 Reference = Annotated[str, Field(min_length=1)]
 References = Annotated[list[Reference], Field(min_length=1)]
@@ -201,7 +172,7 @@ class ResourcesSpec(SpecModel):
 
 
 class EvaluateSpec(SpecModel):
-    metrics: list[Literal["exact_match", "json_valid", "entity_f1"]] = ["exact_match"]
+    metrics: list[Literal["exact_match", "json_valid", "entity_f1"]] = Field(default=["exact_match"])
     """Measured on `data.test` before and after training, by generating each answer greedily."""
 
     max_new_tokens: PositiveInt = 128
@@ -229,10 +200,15 @@ class JobSpec(SpecModel):
     resources: ResourcesSpec = ResourcesSpec()
     evaluate: EvaluateSpec | None = None
 
+    sweep: SweepSpec | None = None
+    """Try many settings of the same fine-tune and keep the best; without it a run is one fine-tune."""
+
     @model_validator(mode="after")
     def _fits_together(self) -> JobSpec:
         if self.tuning.type == "qlora" and self.deepspeed.stage == 3 and self.resources.workers > 1:
             raise ValueError("tuning.type qlora with deepspeed.stage 3 is refused until it is proven; use stage 1 or 2")
         if self.evaluate and self.data.test is None:
             raise ValueError("evaluate needs data.test: rows that training never sees")
+        if self.sweep is not None:
+            check_sweep(self, self.sweep)
         return self

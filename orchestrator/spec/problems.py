@@ -19,7 +19,6 @@ from orchestrator.spec.job import JobSpec
 FieldPath = tuple[str | int, ...]
 
 _LATER = {
-    ("sweep",): "Sweeps are not in this version yet.",
     ("serve",): "Serving is not in this version yet.",
     ("evaluate", "baseline"): "A few-shot baseline is not in this version yet.",
     ("evaluate", "gate"): "Gates are not in this version yet.",
@@ -73,6 +72,8 @@ def problem(details: Any, data: dict[str, Any]) -> Problem:
         tags = [str(tag).strip("'\" ") for tag in details["ctx"].get("expected_tags", "").split(",")]
         tag = details["ctx"].get("tag", value)
         return Problem(path, tag, f"`{name}` is {_short(tag)}; allowed: {_or(tags)}.", _did_you_mean(str(tag), tags))
+    if kind in _SWEEP_KINDS:
+        return _sweep_problem(kind, path, value, details.get("ctx", {}), data)
     if kind == "value_error":
         words = str(details["ctx"]["error"])
         path = path or _mentioned(words, data)
@@ -106,14 +107,19 @@ def _resolve(loc: tuple[str | int, ...]) -> tuple[FieldPath, FieldInfo | None, t
     info: FieldInfo | None = None
     owner: type[BaseModel] = JobSpec
     models: list[type[BaseModel]] = [JobSpec]
+    named: list[type[BaseModel]] = []
     for part in loc:
-        if len(models) > 1:
-            models = [model for model in models if model.model_fields["type"].default == part]
+        if named:  # what stands under a name that the person chose
+            path.append(part)
+            models, named = named, []
+        elif len(models) > 1:
+            models = [model for model in models if _tag(model) == part]
         elif models:
             owner = models[0]
             path.append(part)
             info = owner.model_fields.get(str(part))
             models = _models(info.annotation) if info else []
+            named = _named(info.annotation) if info else []
         elif isinstance(part, int):
             path.append(part)
     return tuple(path), info, owner
@@ -131,6 +137,17 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     if get_origin(annotation) in (Union, UnionType, Annotated):
         return [model for member in get_args(annotation) for model in _models(member)]
     return []
+
+
+def _named(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a mapping holds by name."""
+    return _models(get_args(annotation)[1]) if get_origin(annotation) is dict else []
+
+
+def _tag(model: type[BaseModel]) -> str:
+    """By which a union knows its member: its `type`, or, of a range, its only field."""
+    fields = model.model_fields
+    return fields["type"].default if "type" in fields else next(iter(fields))
 
 
 def _fields(model: type[BaseModel] = JobSpec, prefix: str = "") -> Iterator[str]:
@@ -162,6 +179,8 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
     some = any(isinstance(m, MinLen) for m in metadata)
     if origin is list:
         return "a list of at least one" if some else f"a list of {_kind(args[0], [])}"
+    if origin is dict:
+        return "a mapping of at least one field to what is tried" if some else "a mapping"
     if origin is tuple:
         return f"a list of {len(args)}: " + ", ".join(_kind(arg, []) for arg in args)
     if annotation is type(None):
@@ -194,6 +213,35 @@ def _choices(annotation: Any) -> list[str]:
     if get_origin(annotation) is Literal:
         return [str(choice) for choice in get_args(annotation)]
     return [choice for member in get_args(annotation) for choice in _choices(member)]
+
+
+# --- sweeps ---------------------------------------------------------------------------------------------------------
+
+_SWEEP_KINDS = ("sweep", "search_field", "search_kind", "search_range", "search_value")
+"""Errors that `sweep_check` and the ranges raise."""
+
+
+def _sweep_problem(kind: str, path: FieldPath, value: Any, context: dict[str, Any], data: dict[str, Any]) -> Problem:
+    name, last = ".".join(map(str, path)), str(path[-1])
+    match kind:
+        case "sweep":
+            return Problem(path, value, f"{context['words']}.", context["hint"])
+        case "search_range":
+            return Problem(path, value, f"`{name}` {context['words']}.", context["hint"])
+        case "search_field":
+            meant = context["near"] or _ELSEWHERE.get(last)
+            hint = f"Did you mean {meant}?" if meant else context["known"]
+            return Problem(path, _at(data, path), f"there is no field `{last}` to search.", hint)
+        case "search_kind":
+            ranges = "{loguniform: [1.0e-5, 1.0e-3]}, {uniform: [0, 0.1]}, {randint: [1, 4]}, {choice: [1, 2]} or {grid: [1, 2]}"
+            meant = f"For instance {{choice: {value}}}." if isinstance(value, list) and value else ""
+            if last in JobSpec.model_fields and isinstance(value, dict) and value:
+                meant = f"Write {next(iter(value))} directly below search."
+            return Problem(path, value, f"`{name}` is {_short(value)}; allowed: one of {ranges}.", meant)
+    info = _resolve(context["refused"])[1]
+    allowed = _allowed(info) if info else "another value"
+    hint = _did_you_mean(value, _choices(info.annotation)) if info and isinstance(value, str) else ""
+    return Problem(path, value, f"`{name}` is {_short(value)}; {context['field']} takes {allowed}.", hint)
 
 
 # --- what was meant -------------------------------------------------------------------------------------------------

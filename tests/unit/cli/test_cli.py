@@ -153,7 +153,8 @@ def test_the_promised_commands_are_there():
             *("import", "promote", "versions", "history", "diff", "sign"),
         )
     }
-    assert names >= {"run", "schema", "up", "down", "status", "doctor", "data preview", *runs, *adapters}
+    sweep = {"sweep show", "sweep stop-trial", "sweep plot"}
+    assert names >= {"run", "schema", "up", "down", "status", "doctor", "data preview", *runs, *adapters, *sweep}
 
 
 @pytest.mark.parametrize(("path", "command"), COMMANDS, ids=[" ".join(path) for path, _ in COMMANDS])
@@ -165,7 +166,7 @@ def test_a_command_says_what_it_does_with_an_example_and_speaks_json(path: tuple
     assert command.help
 
 
-@pytest.mark.parametrize("group", ["adapters", "data", "runs"])
+@pytest.mark.parametrize("group", ["adapters", "data", "runs", "sweep"])
 def test_a_group_of_commands_has_an_example(group: str, capsys):
     assert cli.main([group, "--help"]) == 0
     assert f"Example: adaptory {group} " in capsys.readouterr().out
