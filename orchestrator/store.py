@@ -83,6 +83,11 @@ def trial_path(run: str, trial: str) -> str:
     return f"runs/{run}/trials/{trial}"
 
 
+def names_path(run: str) -> str:
+    """What people call a sweep's trials, by Ray Tune's ids."""
+    return f"runs/{run}/trials.json"
+
+
 def segments_path(run: str, stream: str) -> str:
     """Directory of a run's `events` or `logs`."""
     return f"runs/{run}/{stream}"

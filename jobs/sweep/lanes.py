@@ -47,13 +47,14 @@ class Lanes:
     def _all(self) -> list[Lane | Held]:
         return [*self.seated, *self.waiting]
 
-    def join(self, course: Course) -> bool:
-        """Ride a lane that stands at the same beginning, if there is one."""
+    def join(self, course: Course) -> Lane | None:
+        """Ride a lane that has come the way which this course would have come, if there is one."""
         for lane in self.seated:
-            if lane.progress.step == 0 and lane.course.at(0) == course.at(0):
+            way = range(max(1, lane.progress.step))
+            if lane.progress.step < course.total_steps and all(lane.course.at(n) == course.at(n) for n in way):
                 lane.courses.append(course)
-                return True
-        return False
+                return lane
+        return None
 
     def add(self, held: Held) -> None:
         """Go on in a free slot, or wait for one.

@@ -88,7 +88,7 @@ class PackedGroup:
         return list(self._finished)
 
     def open(self, trial: str, spec: JobSpec) -> None:
-        """Begin a trial: on a lane that stands at the same beginning, else on one of its own.
+        """Begin a trial: on a lane that has come the same way so far, however far that is, else on one of its own.
 
         Args:
             spec: of the trial as a run of its own.
@@ -107,7 +107,8 @@ class PackedGroup:
                 reason=reason,
             )
         course = self._course(trial, spec)
-        if self._lanes.join(course):
+        if lane := self._lanes.join(course):
+            self.alone.add_all(lane.progress.step, lane.progress.tokens)
             return
         if not self.free:
             raise NoFreeLane(
@@ -117,6 +118,14 @@ class PackedGroup:
                 lanes=self._lanes.most,
             )
         self._lanes.add(Held([course], Progress(0, course.total_steps)))
+
+    def total_steps(self, trial: str) -> int:
+        return next(course.total_steps for course, _ in self._lanes.courses if course.trial == trial)
+
+    def company(self, trial: str) -> list[str]:
+        """Other trials on its lane: what they have reported until now is what it would have reported."""
+        lanes = ([course.trial for course in lane.courses] for lane in self._lanes)
+        return [other for lane in lanes if trial in lane for other in lane if other != trial]
 
     def close(self, trial: str) -> None:
         """End a trial, wherever it stands. Its lane goes on for others that ride it, or is free at once."""

@@ -39,5 +39,9 @@ class Compute:
     tokens: int = 0
 
     def add(self, tokens: int, times: int = 1) -> None:
-        self.steps += times
-        self.tokens += times * tokens
+        """A step, or the same one for several trials."""
+        self.add_all(times, times * tokens)
+
+    def add_all(self, steps: int, tokens: int) -> None:
+        self.steps += steps
+        self.tokens += tokens

@@ -24,6 +24,7 @@ from orchestrator.errors import (
     IllegalTransition,
     RunError,
     SettingsError,
+    SpecError,
     TrialError,
     TrialNotFound,
 )
@@ -60,9 +61,40 @@ def refuse_early(spec: JobSpec, *, store: Store, db: Database) -> None:
     Raises:
         RunExists: the name is taken.
         SettingsError: the store's URL holds credentials.
+        SpecError: a sweep of a kind that does not run yet.
     """
     refuse_credentials(store)
+    refuse_later(spec)
     repository.refuse_taken_name(db, spec)
+
+
+def refuse_later(spec: JobSpec) -> None:
+    """Sweeps that the spec can say and the job cannot compute yet.
+
+    Raises:
+        SpecError: with what can be said instead.
+    """
+    if spec.sweep is None:
+        return
+    asked = (
+        (
+            "sweep.placement",
+            spec.sweep.placement,
+            ("auto", "packed"),
+            "Leave it out: trials are packed on one base model.",
+        ),
+        (
+            "sweep.metric",
+            spec.sweep.metric,
+            ("validation_loss",),
+            "Take validation_loss; the winner is evaluated anyway.",
+        ),
+        ("tuning.type", spec.tuning.type, ("lora",), "Sweep a LoRA fine-tune, or start a run for each setting."),
+        ("train.packing", spec.train.packing, (True,), "Leave it out: packing changes no result."),
+    )
+    for field, value, built, hint in asked:
+        if value not in built:
+            raise SpecError(f"A sweep with {field}: {value} does not run yet.", hint=hint, field=field, value=value)
 
 
 def submit(

@@ -93,7 +93,8 @@ def person(tmp_path: Path, tiny_model: Callable[[str], Path]) -> Iterator[Person
         shutil.copytree(ROOT / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in CLONED_FILES:
         shutil.copy(ROOT / file, clone)
-    make_small(clone / "jobs/examples/finance-entities.yaml", tmp_path, tiny_model("llama"))
+    for example in ("finance-entities", "finance-entities-sweep"):
+        make_small(clone / f"jobs/examples/{example}.yaml", tmp_path, tiny_model("llama"))
     installed(clone / ".venv")
     try:
         yield Person(clone, home)
@@ -143,6 +144,7 @@ def test_every_command_does_what_the_page_says(person: Person) -> None:
         printed[command] = done.stdout
     assert json.loads((person.clone / "build/demo.json").read_text())["after"]["entity_f1"] > 0.9
     assert (person.clone / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((person.clone / "plots").glob("*.png"))) == 4
     assert (person.clone / "my-adapter/adapter_model.safetensors").is_file()
     assert (person.clone / "my-model/model.safetensors").is_file()
     assert "base_model" in json.loads((person.clone / "adaptory.schema.json").read_text())["properties"]

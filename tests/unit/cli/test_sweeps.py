@@ -490,3 +490,18 @@ def test_pictures_of_trials_that_have_not_begun_or_all_diverged(tmp_path):
         config = {"train.learning_rate": 0.1 * (number + 1)}
         lost.take(said(number, trial=f"t{number}", state="diverged", config=config, step=1, loss=1e30))
     assert len(save(lost, "w", tmp_path)) == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        (["--set", "sweep.placement=one_by_one"], "sweep.placement"),
+        (["--set", "train.packing=false"], "train.packing"),
+    ],
+)
+def test_what_does_not_run_yet_is_refused_before_anything_starts(
+    adaptory: Any, wide: Path, more: list[str], field: str
+) -> None:
+    answer = adaptory("run", wide, *more, "--json")
+    assert answer.code == 2
+    assert answer.json["error"]["field"] == field

@@ -1,0 +1,210 @@
+"""Between Tune's trials and the group that computes them: trials lease a place in the group, and are told how they do.
+
+Train's workers cannot be called, and a trial that Tune kills runs no clean-up. So both sides come to the broker: a trial asks
+for its next report, which renews its lease, and the group's rank 0 comes by between two steps to bring reports and to fetch
+what has changed. A trial that does not ask for a while has gone, and its place with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+LEASE_SECONDS = 60.0
+"""That a trial which no longer asks keeps its place: a busy machine delays a question by seconds, never by a minute."""
+POLL_SECONDS = 10.0
+"""That one question waits for a report."""
+
+RUNG = "rung"
+"""In reports of trials that go on: epochs done. What ends has none, since the scheduler must not compare a short schedule that
+is finished with a long one that is not."""
+
+Config = dict[str, Any]
+"""Field of the spec → value: `{"train.learning_rate": 0.001}`."""
+Report = dict[str, Any]
+"""What `jobs.sweep.packed.TrialReport` says, as JSON has it; `step` numbers it, and `state` says whether it is the last."""
+
+
+@dataclass
+class Orders:
+    """What the group does before its next step."""
+
+    open: dict[str, Config] = field(default_factory=dict)
+    close: list[str] = field(default_factory=list)
+    finish: bool = False
+    """No trial will come any more."""
+    best: str | None = None
+    """The winner, at the end."""
+    sweep: dict[str, Any] | None = None
+    """`SweepResult`, at the end."""
+    error: dict[str, Any] | None = None
+    """Why there is no winner, as `AdaptoryError.to_dict` says it."""
+
+
+@dataclass
+class _Lease:
+    config: Config
+    holder: str
+    asked_at: float
+    reports: list[Report] = field(default_factory=list)
+    known: bool = False
+    """The group has been told of it."""
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.reports) and self.reports[-1]["state"] != "running"
+
+
+class Broker:
+    """Lives in an actor of its own (asyncio, no torch), and loses nothing when trials or the group die.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._leases: dict[str, _Lease] = {}
+        self._to_close: list[str] = []
+        self._end: Orders | None = None
+        self._progress: dict[str, Report] = {}
+        self._failure: dict[str, Any] | None = None
+        self._changed = asyncio.Condition()
+
+    # for trials
+
+    async def lease(self, trial: str, config: Config, holder: str) -> None:
+        """Ask for a place; asked again by a later holder (a trial that was started anew), its course goes on where it is."""
+        held = self._leases.get(trial)
+        if held is None or held.config != config:
+            self._leases[trial] = _Lease(config, holder, self._clock())
+        else:
+            held.holder, held.asked_at = holder, self._clock()
+        await self._tell()
+
+    async def report(self, trial: str, holder: str, number: int, patience: float = POLL_SECONDS) -> Report | None:
+        """A trial's report by number, from 0; None: not yet, ask again.
+
+        Raises:
+            LookupError: the lease is over: it ran out, or another holds it.
+        """
+        deadline = self._clock() + patience
+        async with self._changed:
+            while True:
+                held = self._leases.get(trial)
+                if held is None or held.holder != holder:
+                    raise LookupError(f"The trial {trial} has no place any more.")
+                held.asked_at = self._clock()
+                if number < len(held.reports):
+                    return held.reports[number]
+                if self._failure is not None:
+                    return {"state": "failed", "error": self._failure}
+                left = deadline - self._clock()
+                if left <= 0:
+                    return None
+                try:
+                    async with asyncio.timeout(left):
+                        await self._changed.wait()
+                except TimeoutError:
+                    return None
+
+    async def release(self, trial: str, holder: str | None = None) -> None:
+        """Give the place back; without a holder, whoever has it."""
+        held = self._leases.get(trial)
+        if held is not None and holder in (None, held.holder):
+            del self._leases[trial]
+            if held.known and not held.ended:
+                self._to_close.append(trial)
+            await self._tell()
+
+    # for the group
+
+    async def hello(self) -> None:
+        """A group has started: it knows of no trial, whatever the one before it knew."""
+        self._to_close.clear()
+        for held in self._leases.values():
+            held.known = False
+
+    async def sync(
+        self, reports: dict[str, list[Report]], progress: dict[str, Report] | None = None, patience: float = 0.0
+    ) -> Orders:
+        """Take in reports, which may repeat older ones, and say what has changed.
+
+        Args:
+            reports: of each trial, its course from the beginning or from any point on, in order.
+            progress: where each trial is, for people to watch.
+            patience: seconds to wait for something to do: of a group without work.
+        """
+        self._progress |= progress or {}
+        for trial, new in reports.items():
+            if held := self._leases.get(trial):
+                last = held.reports[-1]["step"] if held.reports else -1
+                held.reports += [r for r in new if r["step"] > last or (r["state"] != "running" and not held.ended)]
+        if reports:
+            await self._tell()
+        deadline = self._clock() + patience
+        async with self._changed:
+            while not (orders := self._orders()) and (left := deadline - self._clock()) > 0:
+                try:
+                    async with asyncio.timeout(left):
+                        await self._changed.wait()
+                except TimeoutError:
+                    break
+        return orders or Orders()
+
+    async def fail(self, error: dict[str, Any]) -> None:
+        """The group cannot go on; every trial is told why."""
+        self._failure = error
+        await self._tell()
+
+    # for the driver
+
+    async def end(self, trial: str, state: str, message: str) -> None:
+        """End a trial before its end; nothing happens to one that is not under way."""
+        held = self._leases.get(trial)
+        if held is not None and not held.ended:
+            held.reports.append(
+                {"step": 0, **(held.reports[-1] if held.reports else {}), "state": state, "message": message}
+            )
+            if held.known:
+                self._to_close.append(trial)
+            await self._tell()
+
+    async def progress(self) -> dict[str, Report]:
+        """Where trials are that have moved since this was asked last."""
+        moved, self._progress = self._progress, {}
+        return moved
+
+    async def finish(self, best: str | None, sweep: dict[str, Any] | None, error: dict[str, Any] | None = None) -> None:
+        """Said once: what is said later does not count."""
+        if self._end is None:
+            self._end = Orders(finish=True, best=best, sweep=sweep, error=error)
+            await self._tell()
+
+    # details
+
+    def _orders(self) -> Orders | None:
+        self._expire()
+        fresh = {trial: held.config for trial, held in self._leases.items() if not (held.known or held.ended)}
+        for trial in fresh:
+            self._leases[trial].known = True
+        gone, self._to_close = self._to_close, []
+        if self._end is not None:
+            return replace(self._end, open={}, close=gone)
+        if fresh or gone:
+            return Orders(fresh, [trial for trial in gone if trial not in fresh])
+        return None
+
+    def _expire(self) -> None:
+        oldest = self._clock() - LEASE_SECONDS
+        for trial in [t for t, held in self._leases.items() if held.asked_at < oldest]:
+            held = self._leases.pop(trial)
+            if held.known and not held.ended:
+                self._to_close.append(trial)
+
+    async def _tell(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()

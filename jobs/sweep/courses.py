@@ -1,0 +1,169 @@
+"""The trials on one worker of a sweep: those that train, those that wait for a lane, and what each of them has reported."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from jobs.sweep.broker import RUNG, Config, Orders, Report
+from jobs.sweep.packed import PackedGroup
+from jobs.sweep.reports import TrialReport
+from jobs.train.session import Session
+from orchestrator.errors import NoFreeLane
+from orchestrator.modeling.base_model import BaseModel
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.sweep import trial_spec, trunk_warmup
+from orchestrator.store import checkpoint_path, checkpoints_path, trial_path
+
+UNCLAIMED_SECONDS = 60.0
+"""For which a course that was restored waits for its trial: Tune may have stopped it before the group died."""
+
+
+class Courses:
+    """
+    Args:
+        rows: of training.
+    """
+
+    def __init__(self, session: Session, group: PackedGroup, base: BaseModel, rows: int):
+        self._session, self._group, self._base, self._rows = session, group, base, rows
+        self._waiting: dict[str, Config] = {}
+        self._unclaimed: set[str] = set()
+        self._began, self._number = time.monotonic(), 0
+        self.history: dict[str, list[Report]] = {}
+        self.fresh: dict[str, list[Report]] = {}
+        """What the broker has not been told."""
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._group.steps) or bool(self._waiting)
+
+    def follow(self, orders: Orders) -> None:
+        """Close, then open: whoever goes makes room for whoever comes."""
+        for trial in orders.close:
+            self._waiting.pop(trial, None)
+            self._close(trial)
+        for trial, config in orders.open.items():
+            self._unclaimed.discard(trial)
+            if trial in self.history:  # it went on, or ended, while its process or the group was started anew
+                self.fresh[trial] = list(self.history[trial])
+            if trial not in self._group.steps and not self._ended(trial):
+                self._waiting[trial] = config
+        if self._unclaimed and time.monotonic() - self._began > UNCLAIMED_SECONDS:
+            for trial in self._unclaimed:
+                self._close(trial)
+            self._unclaimed.clear()
+        self._seat()
+
+    def step(self) -> dict[str, Report]:
+        """One step of every lane; where each trial is then."""
+        moved: dict[str, Report] = {}
+        for report in self._group.step():
+            said = self._said(report)
+            if report.validation_loss is not None or report.state != "running":
+                if report.state == "finished":
+                    self._keep(report.trial, said)
+                self.history.setdefault(report.trial, []).append(said)
+                self.fresh.setdefault(report.trial, []).append(said)
+            else:
+                moved[report.trial] = said
+        return moved
+
+    def _seat(self) -> None:
+        for trial, config in list(self._waiting.items()):
+            try:
+                self._group.open(trial, self._spec(config))
+            except NoFreeLane:
+                return
+            del self._waiting[trial]
+            self._tell_of_the_way(trial)
+
+    def _tell_of_the_way(self, trial: str) -> None:
+        """One that joins others late has come their way, and reports what they reported."""
+        done, others = self._group.steps[trial], self._group.company(trial)
+        if done and others:
+            total = self._group.total_steps(trial)
+            way = [said for said in self.history.get(others[0], []) if said["step"] <= done]
+            self.history[trial] = [said | {"total_steps": total} for said in way]
+            self.fresh[trial] = list(self.history[trial])
+
+    def _spec(self, config: Config) -> JobSpec:
+        job = self._session.spec
+        return trial_spec(job, config, warmup_steps=trunk_warmup(job, config, self._rows))
+
+    def _said(self, report: TrialReport) -> Report:
+        """As the broker, Tune and events have it."""
+        said = {
+            name: value
+            for name, value in asdict(report).items()
+            if value is not None and name not in ("trial", "error")
+        }
+        if report.error is not None:
+            said["error"] = report.error.to_dict()
+        if report.state == "running":
+            said[RUNG] = report.epoch
+        computed, alone = self._group.computed, self._group.alone
+        return said | {
+            "compute": {
+                "steps": computed.steps, "tokens": computed.tokens,
+                "separate_steps": alone.steps, "separate_tokens": alone.tokens,
+                "seconds": round(time.monotonic() - self._began, 2),
+            }
+        }  # fmt: skip
+
+    def _keep(self, trial: str, said: Report) -> None:
+        """A finished trial's adapter, in the store: the group may die before the sweep ends."""
+        session = self._session
+        if session.place.rank == 0:
+            with tempfile.TemporaryDirectory(prefix="adaptory-", dir=session.cache) as folder:
+                self._group.write_adapter(trial, Path(folder), self._base.loadable_name)
+                history = [*self.history.get(trial, []), said]
+                session.store.publish(trial_path(session.resolved.run, trial), Path(folder), {"history": history})
+        self._group.close(trial)
+
+    def _ended(self, trial: str) -> bool:
+        """Whether it has come to its end, in this group or in one before it."""
+        if trial not in self.history and (kept := self._kept(trial)):
+            self.history[trial] = self.fresh[trial] = kept
+        return bool(self.history.get(trial)) and self.history[trial][-1]["state"] != "running"
+
+    def _kept(self, trial: str) -> list[Report]:
+        manifest = self._session.store.manifest(trial_path(self._session.resolved.run, trial))
+        return manifest.metadata["history"] if manifest else []
+
+    def _close(self, trial: str) -> None:
+        if trial in self._group.steps:
+            self._group.close(trial)
+
+    # snapshots
+
+    def save(self) -> None:
+        """All courses as they are between two steps, beside the snapshot before; older ones go."""
+        session, run = self._session, self._session.resolved.run
+        self._number += 1
+        if session.place.rank:
+            return
+        with tempfile.TemporaryDirectory(prefix="adaptory-", dir=session.cache) as folder:
+            self._group.snapshot(Path(folder))
+            session.store.publish(checkpoint_path(run, self._number), Path(folder), {"history": self.history})
+        for name in session.store.children(checkpoints_path(run)):
+            if int(name) < self._number - 1:
+                session.store.delete(f"{checkpoints_path(run)}/{name}")
+
+    def restore(self) -> None:
+        """Go on from the newest whole snapshot, if there is one: the same on every rank."""
+        store, run, place = self._session.store, self._session.resolved.run, self._session.place
+        whole = [
+            int(n) for n in store.children(checkpoints_path(run)) if store.manifest(f"{checkpoints_path(run)}/{n}")
+        ]
+        self._number = place.gathered(max(whole, default=0))[0]
+        if self._number == 0:
+            return
+        with tempfile.TemporaryDirectory(prefix="adaptory-", dir=self._session.cache) as folder:
+            manifest = store.fetch(checkpoint_path(run, self._number), Path(folder))
+            self._group.restore(Path(folder))
+        self.history = manifest.metadata["history"]
+        self._unclaimed = set(self._group.steps)
+        self._session.say("message", f"Going on with {len(self._unclaimed)} trials from snapshot {self._number}.")

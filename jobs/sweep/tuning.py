@@ -1,0 +1,157 @@
+"""Ray Tune's parts of a sweep: what is searched and by whom, who stops trials early, and what is said of them.
+
+Tune pickles most of them with its experiment, and unpickles them when a sweep is resumed: none may hold what lives in a process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, Searcher
+
+from jobs.sweep.broker import RUNG
+from jobs.sweep.configs import CONFIG, encoded
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.search import Choice, Config, Grid, LogUniform, RandInt, SearchRange, Uniform
+from orchestrator.spec.sweep import SweepSpec, configs, suggested
+
+
+def quiet() -> None:
+    """Have Tune save its state often, and leave files, tables and warnings that nobody reads."""
+    os.environ |= {
+        "TUNE_GLOBAL_CHECKPOINT_S": "5",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # reports of trials that go on lack the metrics of those that end
+        "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    }
+
+
+# --- what is searched -----------------------------------------------------------------------------------------------
+
+
+def search(job: JobSpec, at_once: int) -> tuple[dict[str, Any], Searcher | SearchAlgorithm, int]:
+    """Tune's space, searcher, and how many samples it draws.
+
+    Random and grid searches are lists that the seed decides, the same that `--dry-run` shows; of trials that may share a trunk, the
+    longest comes first, and the others at once after it.
+
+    Args:
+        at_once: most trials under way.
+    """
+    sweep = job.sweep
+    assert sweep is not None
+    listed = configs(job)
+    if listed is not None:
+        return {CONFIG: tune.grid_search(by_trunk(listed))}, BasicVariantGenerator(max_concurrent=at_once), 1
+    from ray.tune.search.optuna import OptunaSearch
+
+    points = [{f"{CONFIG}/{name}": encoded(value) for name, value in point.items()} for point in suggested(job)]
+    searcher = OptunaSearch(
+        metric=sweep.metric, mode=sweep.mode or sweep.better, points_to_evaluate=points or None, seed=sweep.seed
+    )
+    return (
+        {CONFIG: {name: domain(one) for name, one in sweep.space.items()}},
+        ConcurrencyLimiter(searcher, at_once),
+        sweep.count,
+    )
+
+
+def longest(job: JobSpec) -> float:
+    """Epochs of the longest trial."""
+    assert job.sweep is not None
+    epochs = job.sweep.space.get("train.epochs")
+    return max(epochs.ends) if epochs else job.train.epochs
+
+
+def by_trunk(listed: list[Config]) -> list[Config]:
+    """The same configurations: those that differ in epochs alone side by side, the longest of them first."""
+    groups: dict[str, list[Config]] = {}
+    for config in listed:
+        rest = {name: value for name, value in config.items() if name != "train.epochs"}
+        groups.setdefault(json.dumps(rest, sort_keys=True), []).append(config)
+    return [c for group in groups.values() for c in sorted(group, key=lambda c: -c.get("train.epochs", 0))]
+
+
+def domain(one: SearchRange) -> Any:
+    """A range as Tune's."""
+    match one:
+        case LogUniform():
+            return tune.loguniform(*one.ends)
+        case Uniform():
+            return tune.uniform(*one.ends)
+        case RandInt():
+            return tune.randint(one.ends[0], one.ends[-1] + 1)  # theirs leaves the last one out
+        case Choice() | Grid():
+            return tune.choice([encoded(value) for value in one.ends])
+
+
+# --- who stops early ------------------------------------------------------------------------------------------------
+
+
+def scheduler(sweep: SweepSpec, longest: float) -> TrialScheduler:
+    """By the validation loss, which every trial has at the end of each epoch.
+
+    Args:
+        longest: epochs of the longest trial.
+    """
+    watched: Any = {"time_attr": RUNG, "metric": "validation_loss", "mode": "min"}
+    match sweep.scheduler:
+        case "asha":
+            return AsyncHyperBandScheduler(
+                **watched,
+                grace_period=sweep.grace_epochs,  # type: ignore[arg-type]  # fractions are welcome
+                max_t=max(longest, sweep.grace_epochs),  # type: ignore[arg-type]
+                reduction_factor=sweep.asha_reduction,
+                stop_last_trials=False,
+            )
+        case "median":
+            return MedianStoppingRule(**watched, grace_period=sweep.grace_epochs, min_samples_required=3)
+        case "none":
+            return FIFOScheduler()
+
+
+class Ending(tune.Stopper):
+    """Ends the whole sweep when its budget is spent, or somebody says so.
+
+    Args:
+        over: asked whether it is.
+    """
+
+    over: Callable[[], bool] = staticmethod(lambda: False)
+    """Of this process: Tune pickles a stopper with its experiment."""
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return Ending.over()
+
+
+class Budget:
+    """Seconds and tokens that a sweep may take.
+
+    Args:
+        tokens: asked how many were computed.
+    """
+
+    def __init__(self, sweep: SweepSpec, tokens: Callable[[], int], clock: Callable[[], float] = time.monotonic):
+        self._budget, self._tokens, self._clock, self._began = sweep.budget, tokens, clock, clock()
+
+    @property
+    def spent(self) -> str | None:
+        """What is, in words."""
+        if self._budget is None:
+            return None
+        if self._budget.seconds is not None and self._clock() - self._began >= self._budget.seconds:
+            return f"{self._budget.seconds:g} seconds"
+        if self._budget.tokens is not None and self._tokens() >= self._budget.tokens:
+            return f"{self._budget.tokens:,} tokens"
+        return None

@@ -1,0 +1,148 @@
+"""What each worker of a sweep runs: trials come and go between two steps of one packed group. The ranks do the same; rank 0 speaks."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from jobs.data import PreparedData
+from jobs.sweep.broker import Orders, Report
+from jobs.sweep.courses import Courses
+from jobs.sweep.packed import PackedGroup
+from jobs.train.artifact import PUBLISHED, check_same, load_adapter
+from jobs.train.control import Control
+from jobs.train.publish import publish_checked
+from jobs.train.session import Session
+from jobs.train.setup import explained, load_network
+from jobs.train.worker import concluded, load_base, load_data
+from orchestrator.errors import AdaptoryError
+from orchestrator.modeling.base_model import BaseModel
+from orchestrator.modeling.prompts import load_tokenizer
+from orchestrator.runs.result import RunResult, SweepResult
+from orchestrator.runs.states import RunState
+from orchestrator.spec.sweep import trial_spec, trunk_warmup
+from orchestrator.store import trial_path
+
+log = logging.getLogger(__name__)
+
+SNAPSHOT_SECONDS = 60.0
+IDLE_SECONDS = 1.0
+"""Between looks at what a person wants, of a group without trials."""
+LANES = 8
+TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
+"""In one forward pass: matmuls of a CPU are at their peak from a few hundred, those of a GPU want thousands."""
+
+
+def run_sweep(session: Session, broker: Any) -> RunResult | None:
+    """One attempt on one worker, to its end; rank 0 gets the result.
+
+    Args:
+        broker: handle of the actor `jobs.sweep.broker.Broker`.
+
+    Raises:
+        AdaptoryError: of one rank among several, for `driver` to end the group with; alone, it is in the result.
+    """
+    return concluded(session, lambda control: _run(session, control, broker))
+
+
+def _run(session: Session, control: Control | None, broker: Any) -> RunResult:
+    spec, place = session.spec, session.place
+    assert spec.sweep is not None
+    with session.phase("loading"), explained(Path(session.resolved.base_model)):
+        base = load_base(session)
+        tokenizer = load_tokenizer(base.path)
+    with session.phase("preparing"):
+        data = load_data(session, tokenizer)
+    with session.phase("building"), explained(base.path):
+        network = load_network(spec, base, place)
+        most = spec.sweep.max_concurrent
+        group = PackedGroup(
+            network,
+            data.train,
+            data.validation,
+            place,
+            tokens_at_once=TOKENS_AT_ONCE[place.device.type],
+            lanes=LANES if most == "auto" else most,
+        )
+        courses = Courses(session, group, base, len(data.train))
+        courses.restore()
+    with session.phase("training"):
+        end = _train(session, control, broker, courses)
+    if isinstance(end, str):
+        courses.save()
+        return session.result(RunState.PAUSED if end == "pause" else RunState.CANCELLED)
+    if end.error is not None:
+        raise AdaptoryError.from_dict(end.error)
+    assert end.best is not None
+    return _crown(session, end.best, SweepResult.model_validate(end.sweep), network, base, tokenizer, data)
+
+
+def _train(session: Session, control: Control | None, broker: Any, courses: Courses) -> Orders | str:
+    """Until nobody will come any more, or a person wants something else: `pause` or `cancel`."""
+    place, saved_at = session.place, time.monotonic()
+    moved: dict[str, Report] = {}
+    if place.rank == 0:
+        ray.get(broker.hello.remote())
+    while True:
+        said: dict[str, Any] = {}
+        if place.rank == 0:
+            patience = 0.0 if courses.busy else IDLE_SECONDS
+            came: Any = ray.get(broker.sync.remote(courses.fresh, moved, patience))
+            due = time.monotonic() - saved_at > SNAPSHOT_SECONDS
+            said = {"wish": control.wish if control else None, "orders": asdict(came), "save": due}
+        said = place.told(said)
+        courses.fresh, orders = {}, Orders(**said["orders"])
+        if said["wish"]:
+            return str(said["wish"])
+        courses.follow(orders)
+        if orders.finish:
+            return orders
+        moved = courses.step() if courses.busy else {}
+        if said["save"]:
+            courses.save()
+            saved_at = time.monotonic()
+
+
+def _crown(
+    session: Session,
+    best: str,
+    sweep: SweepResult,
+    network: Any,
+    base: BaseModel,
+    tokenizer: Any,
+    data: PreparedData,
+) -> RunResult:
+    """Check, evaluate and publish the winner, as a run of its own would."""
+    if session.place.rank:
+        return session.result(RunState.SUCCEEDED)
+    winner = sweep.winner
+    assert winner is not None
+    warmup = trunk_warmup(session.spec, winner.config, len(data.train))
+    spec = trial_spec(session.spec, winner.config, warmup_steps=warmup)
+    own = replace(session, resolved=session.resolved.model_copy(update={"spec": spec}))
+    own.progress.step, own.progress.total_steps = winner.steps, winner.steps
+    own.progress.loss = winner.metrics.get("train_loss", own.progress.loss)
+    own.progress.validation_loss = winner.metrics.get("validation_loss")
+    with tempfile.TemporaryDirectory(prefix="adaptory-", dir=session.cache) as folder:
+        directory = Path(folder)
+        with session.phase("publishing"):
+            session.store.fetch(trial_path(session.resolved.run, best), directory)
+            load_adapter(network, PUBLISHED, directory)
+            network.eval()
+            probe = torch.as_tensor(data.train[0].ids.astype("int64"), device=session.place.device)
+            keep = torch.arange(len(probe), device=probe.device)
+            logits = network.logits(probe, keep, PUBLISHED).float()
+            probes = check_same(
+                logits, lambda: logits, lambda: network.logits(probe, keep, None).float(), tolerance=0.0
+            )
+        result = publish_checked(own, directory, network, base, tokenizer, data, probes)
+    session.seconds |= own.seconds
+    trials = [one.model_copy(update={"adapter": result.adapter}) if one is winner else one for one in sweep.trials]
+    return result.model_copy(update={"sweep": sweep.model_copy(update={"trials": trials})})

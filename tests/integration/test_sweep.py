@@ -1,0 +1,209 @@
+"""Sweeps on a real Ray: Tune's trials are processes, the group is Ray Train's, and both are really killed. About two minutes.
+
+Each sweep is `python -m jobs.sweep` in a process of its own, on a tiny model in fp32.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from orchestrator.runs.events import Event, read_events
+from orchestrator.runs.result import RunResult, SweepResult, TrialResult
+from orchestrator.runs.states import RunState, TrialState
+from orchestrator.spec.sweep import trial_spec, trunk_warmup
+from orchestrator.store import adapter_path, control_path, result_path, stop_trials_path
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 300.0
+"""Seconds for a sweep that takes thirty on a quiet machine."""
+ROWS = 32
+TRUNKS = {
+    "search": {"learning_rate": {"grid": [2e-3, 5e-3]}, "epochs": {"grid": [1, 2]}},
+    "searcher": "grid",
+    "scheduler": "none",
+}
+LONG = TRUNKS | {"search": {"learning_rate": {"grid": [2e-3, 5e-3]}, "epochs": {"grid": [1, 40]}}}
+WSD = {"schedule": "warmup_stable_decay", "decay": 0.25, "warmup": 0.1}
+
+
+class Running:
+    """One attempt of a sweep, as a job of Ray's would be."""
+
+    def __init__(self, job: Any, home: Path, attempt: int = 1):
+        self.job, self.attempt = job, attempt
+        words = ["--store", job.store.url, "--run", job.resolved.run, "--attempt", str(attempt)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "jobs.sweep", *words],
+            env=os.environ
+            | {
+                "PYTHONPATH": str(ROOT),
+                "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+                "ADAPTORY_HOME": str(home),
+            },
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def end(self) -> RunResult:
+        printed, _ = self.process.communicate(timeout=PATIENCE)
+        assert self.job.store.exists(result_path(self.job.resolved.run)), printed[-6000:]
+        result = RunResult.model_validate(self.job.store.read_json(result_path(self.job.resolved.run)))
+        assert result.attempt == self.attempt, printed[-6000:]
+        return result
+
+    def events(self, type: str) -> list[Event]:
+        return [event for event in read_events(self.job.store, self.job.resolved.run) if event.type == type]
+
+    def until(self, seen: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + PATIENCE
+        while not (found := seen()):
+            assert self.process.poll() is None, self.process.communicate()[0][-6000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        return found
+
+
+@pytest.fixture
+def start(ray_local: None, home: Path) -> Any:
+    started: list[Running] = []
+
+    def start(job: Any, attempt: int = 1) -> Running:
+        started.append(Running(job, home, attempt))
+        return started[-1]
+
+    yield start
+    for running in started:
+        if running.process.poll() is None:
+            running.process.kill()
+            running.process.wait()
+
+
+def trials(result: RunResult) -> SweepResult:
+    assert result.state is RunState.SUCCEEDED, result.error
+    assert result.sweep is not None
+    return result.sweep
+
+
+def solo(make_job: Any, job: Any, trial: TrialResult) -> RunResult:
+    """The trial as a run of its own."""
+    config = trial.config
+    sections = trial_spec(job.resolved.spec, config, warmup_steps=trunk_warmup(job.resolved.spec, config, ROWS))
+    return make_job(
+        name=f"solo-{trial.name}", train=sections.train.model_dump(), tuning=sections.tuning.model_dump()
+    ).work()
+
+
+def test_every_trial_is_its_own_run_and_the_best_wins(make_job: Any, start: Any) -> None:
+    job = make_job(sweep=TRUNKS, train=WSD)
+    running = start(job)
+    result = running.end()
+    sweep = trials(result)
+    assert [one.state for one in sweep.trials] == [TrialState.FINISHED] * 4
+    tried = {(one.config["train.learning_rate"], one.config["train.epochs"]) for one in sweep.trials}
+    assert tried == {(rate, epochs) for rate in (2e-3, 5e-3) for epochs in (1, 2)}
+    alone = {one.name: solo(make_job, job, one).metrics for one in sweep.trials}
+    for one in sweep.trials:
+        assert one.metrics["validation_loss"] == pytest.approx(alone[one.name]["validation_loss"], rel=1e-4)
+        assert one.steps == alone[one.name]["steps"]
+    assert sweep.best == min(alone, key=lambda name: alone[name]["validation_loss"])
+    assert sweep.winner is not None
+    assert result.metrics["validation_loss"] == sweep.winner.metrics["validation_loss"]
+    assert result.adapter is not None
+    assert job.store.manifest(adapter_path(result.adapter)) is not None
+    assert sweep.compute.steps == 2 * (6 + 1 + 2), "a trunk to the second decay, and two decays, for each learning rate"
+    assert sweep.compute.separate_steps == sum(one.steps for one in sweep.trials) == 24
+    said = running.events("trial")
+    assert {event.data["trial"] for event in said} == {"t01", "t02", "t03", "t04"}
+    assert [event.data["best"] for event in running.events("sweep") if "best" in event.data][-1] == sweep.best
+
+
+def test_a_killed_group_and_a_killed_trial_change_nothing(make_job: Any, start: Any) -> None:
+    """kill -9 of the worker that trains, after its first reports, and of one trial's process."""
+    job = make_job(sweep=LONG, train=WSD | {"warmup": 0}, resources={"max_failures": 2})
+    undisturbed = trials(start(make_job(name="calm", sweep=LONG, train=WSD | {"warmup": 0})).end())
+    running = start(job)
+    running.until(lambda: [e for e in running.events("trial") if "validation_loss" in e.data])
+    kill("RayTrainWorker")
+    kill("ThinTrial", "ResourceTrainable")  # Tune wraps the class
+    sweep = trials(running.end())
+    assert values(sweep) == pytest.approx(values(undisturbed), rel=1e-5)
+    assert sweep.best == undisturbed.best
+
+
+def test_a_killed_driver_is_taken_up_where_it_was(make_job: Any, start: Any) -> None:
+    job = make_job(sweep=LONG, train=WSD | {"warmup": 0})
+    undisturbed = trials(start(make_job(name="calm", sweep=LONG, train=WSD | {"warmup": 0})).end())
+    running = start(job)
+    running.until(lambda: [e for e in running.events("trial") if e.data["state"] == "finished"])
+    time.sleep(6)  # Tune keeps its state every five seconds
+    running.process.kill()
+    running.process.wait()
+    sweep = trials(start(job, attempt=2).end())
+    assert values(sweep) == pytest.approx(values(undisturbed), rel=1e-5)
+    assert sweep.best == undisturbed.best
+
+
+def test_paused_and_resumed(make_job: Any, start: Any) -> None:
+    job = make_job(sweep=LONG, train=WSD | {"warmup": 0})
+    running = start(job)
+    running.until(lambda: [e for e in running.events("trial") if "validation_loss" in e.data])
+    job.store.write_json(control_path(job.resolved.run, 1), {"action": "pause"})
+    assert running.end().state is RunState.PAUSED
+    sweep = trials(start(job, attempt=2).end())
+    assert [one.state for one in sweep.trials] == [TrialState.FINISHED] * len(sweep.trials)
+
+
+def test_one_diverges_one_is_stopped_by_a_person_and_the_third_wins(make_job: Any, start: Any) -> None:
+    space = {"search": {"learning_rate": {"grid": [5e-3, 6e-3, 90.0]}}, "searcher": "grid", "scheduler": "none"}
+    job = make_job(sweep=space, train={"max_grad_norm": None, "epochs": 60})
+    running = start(job)
+    under_way = running.until(
+        lambda: [
+            e for e in running.events("trial") if e.data["config"]["train.learning_rate"] == 6e-3 and "step" in e.data
+        ]
+    )
+    unwanted = under_way[0].data["trial"]
+    job.store.write_json(stop_trials_path(job.resolved.run), {"stop_trials": [unwanted]})
+    sweep = trials(running.end())
+    by_rate = {one.config["train.learning_rate"]: one for one in sweep.trials}
+    assert {rate: one.state for rate, one in by_rate.items()} == {
+        5e-3: TrialState.FINISHED,
+        6e-3: TrialState.STOPPED,
+        90.0: TrialState.DIVERGED,
+    }
+    assert by_rate[6e-3].message == "stopped by a person"
+    assert by_rate[6e-3].steps < by_rate[5e-3].steps == 240
+    assert "diverged at step" in by_rate[90.0].message
+    assert sweep.winner is by_rate[5e-3]
+
+
+def test_all_diverge(make_job: Any, start: Any) -> None:
+    search = {"search": {"learning_rate": {"grid": [80.0, 90.0]}}, "searcher": "grid"}
+    result = start(make_job(sweep=search, train={"max_grad_norm": None, "epochs": 20})).end()
+    assert result.state is RunState.FAILED
+    assert result.error is not None
+    assert result.error["message"] == "All 2 trials diverged, at learning rates from 80 to 90."
+
+
+def values(sweep: SweepResult) -> dict[str, float]:
+    return {one.name: one.metrics["validation_loss"] for one in sweep.trials}
+
+
+def kill(*names: str) -> None:
+    """-9, one of the actors of a class, which has one of these names."""
+    titles = ((process, " ".join(process.info["cmdline"] or [])) for process in psutil.process_iter(["cmdline"]))
+    next(process for process, title in titles if any(f"ray::{name}" in title for name in names)).kill()

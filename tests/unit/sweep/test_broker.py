@@ -1,0 +1,192 @@
+"""Leases and reports: what the two sides are told when either of them dies, is late, or repeats itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from jobs.sweep.broker import LEASE_SECONDS, Broker, Orders
+
+CONFIG = {"train.learning_rate": 1e-3}
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def broker(clock: Clock) -> Broker:
+    return Broker(clock)
+
+
+def run(made: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(made)
+
+
+def said(step: int, state: str = "running") -> dict[str, Any]:
+    return {"step": step, "state": state}
+
+
+def test_a_course_from_lease_to_end(broker: Broker) -> None:
+    async def course() -> None:
+        await broker.lease("t1", CONFIG, "a")
+        assert await broker.sync({}) == Orders(open={"t1": CONFIG})
+        assert await broker.sync({}) == Orders(), "said once"
+        assert await broker.report("t1", "a", 0, patience=0) is None
+        assert await broker.sync({"t1": [said(4)]}) == Orders()
+        assert await broker.report("t1", "a", 0) == said(4)
+        await broker.sync({"t1": [said(8, "finished")]})
+        assert await broker.report("t1", "a", 1) == said(8, "finished")
+        await broker.release("t1", "a")
+        assert await broker.sync({}) == Orders(), "what has ended has freed its place already"
+
+    run(course())
+
+
+def test_a_question_waits_for_its_report(broker: Broker) -> None:
+    async def course() -> None:
+        await broker.lease("t1", CONFIG, "a")
+        asking = asyncio.create_task(broker.report("t1", "a", 0))
+        await asyncio.sleep(0)
+        assert not asking.done()
+        await broker.sync({"t1": [said(4)]})
+        assert await asking == said(4)
+
+    run(course())
+
+
+def test_a_group_without_work_waits_for_a_trial(broker: Broker) -> None:
+    async def course() -> None:
+        waiting = asyncio.create_task(broker.sync({}, patience=30))
+        await asyncio.sleep(0)
+        await broker.lease("t1", CONFIG, "a")
+        assert await waiting == Orders(open={"t1": CONFIG})
+
+    run(course())
+
+
+def test_a_stopped_trial_frees_its_place(broker: Broker) -> None:
+    async def course() -> None:
+        await broker.lease("t1", CONFIG, "a")
+        await broker.sync({})
+        await broker.release("t1", "a")
+        assert await broker.sync({}) == Orders(close=["t1"])
+        with pytest.raises(LookupError, match="t1"):
+            await broker.report("t1", "a", 0)
+
+    run(course())
+
+
+def test_one_that_was_never_given_a_place_needs_none_taken(broker: Broker) -> None:
+    async def course() -> None:
+        await broker.lease("t1", CONFIG, "a")
+        await broker.release("t1", "a")
+        assert await broker.sync({}) == Orders()
+
+    run(course())
+
+
+def test_a_killed_trial_loses_its_place(broker: Broker, clock: Clock) -> None:
+    async def course() -> None:
+        await broker.lease("dead", CONFIG, "a")
+        await broker.lease("alive", CONFIG, "b")
+        await broker.sync({})
+        clock.now += LEASE_SECONDS - 1
+        assert await broker.report("alive", "b", 0, patience=0) is None
+        assert await broker.sync({}) == Orders()
+        clock.now += 2
+        assert await broker.sync({}) == Orders(close=["dead"])
+
+    run(course())
+
+
+def test_started_again_it_goes_on_and_the_old_process_is_out(broker: Broker) -> None:
+    async def course() -> None:
+        await broker.lease("t1", CONFIG, "old")
+        await broker.sync({})
+        await broker.sync({"t1": [said(4)]})
+        await broker.lease("t1", CONFIG, "new")
+        assert await broker.sync({}) == Orders(), "its course in the group goes on"
+        assert await broker.report("t1", "new", 0) == said(4)
+        with pytest.raises(LookupError):
+            await broker.report("t1", "old", 0)
+        await broker.release("t1", "old")
+        assert await broker.report("t1", "new", 0) == said(4), "who has no lease cannot give it back"
+
+    run(course())
+
+
+def test_a_new_group_gets_all_that_has_not_ended_and_repeats_itself(broker: Broker) -> None:
+    async def course() -> None:
+        await broker.lease("t1", CONFIG, "a")
+        await broker.lease("t2", CONFIG, "b")
+        await broker.sync({})
+        await broker.sync({"t1": [said(4)], "t2": [said(4), said(8, "finished")]})
+        await broker.hello()
+        assert await broker.sync({}) == Orders(open={"t1": CONFIG})
+        await broker.sync({"t1": [said(4), said(8)]})
+        assert [await broker.report("t1", "a", n) for n in (0, 1)] == [said(4), said(8)]
+        assert await broker.report("t1", "a", 2, patience=0) is None
+
+    run(course())
+
+
+def test_one_that_diverges_at_a_step_already_told_has_ended(broker: Broker) -> None:
+    async def course() -> None:
+        await broker.lease("t1", CONFIG, "a")
+        await broker.sync({"t1": [said(4)]})
+        await broker.sync({"t1": [said(4, "diverged")]})
+        assert await broker.report("t1", "a", 1) == said(4, "diverged")
+
+    run(course())
+
+
+def test_when_the_group_fails_every_trial_is_told_why(broker: Broker) -> None:
+    async def course() -> None:
+        await broker.lease("t1", CONFIG, "a")
+        asking = asyncio.create_task(broker.report("t1", "a", 0))
+        await asyncio.sleep(0)
+        await broker.fail({"code": "out_of_memory", "message": "No memory."})
+        told = await asking
+        assert told["state"] == "failed"
+        assert told["error"]["message"] == "No memory."
+
+    run(course())
+
+
+def test_one_that_a_person_ends_is_told_so_and_frees_its_place(broker: Broker) -> None:
+    async def course() -> None:
+        await broker.lease("t1", CONFIG, "a")
+        await broker.sync({})
+        await broker.sync({"t1": [said(4)]})
+        await broker.end("t1", "stopped", "by a person")
+        assert await broker.report("t1", "a", 1) == {**said(4, "stopped"), "message": "by a person"}
+        assert await broker.sync({}) == Orders(close=["t1"])
+        await broker.end("t1", "stopped", "again")
+        await broker.release("t1", "a")
+        assert await broker.sync({}) == Orders()
+
+    run(course())
+
+
+def test_the_end_is_said_once_all_else_is(broker: Broker) -> None:
+    async def course() -> None:
+        waiting = asyncio.create_task(broker.sync({}, patience=30))
+        await asyncio.sleep(0)
+        await broker.finish("t1", {"best": "t01"})
+        await broker.finish(None, None)
+        end = Orders(finish=True, best="t1", sweep={"best": "t01"})
+        assert [await waiting, await broker.sync({})] == [end, end]
+
+    run(course())

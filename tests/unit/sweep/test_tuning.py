@@ -1,0 +1,93 @@
+"""Tune's parts of a sweep: what it is asked to try, in which order, and whom it stops."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.tune.schedulers import TrialScheduler
+
+from jobs.sweep import tuning
+from jobs.sweep.broker import RUNG
+from jobs.sweep.configs import CONFIG, config_of
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.sweep import SweepSpec, configs
+
+SPACE = {"learning_rate": {"grid": [1e-4, 1e-3]}, "epochs": {"grid": [1, 2, 3]}}
+
+
+def job(**sweep: Any) -> JobSpec:
+    spec = {"name": "one", "base_model": "m", "data": {"train": "t.jsonl"}}
+    return JobSpec.model_validate(spec | {"sweep": {"search": SPACE} | sweep})
+
+
+def test_a_listed_search_is_what_the_dry_run_shows_with_sisters_side_by_side() -> None:
+    asked = job(searcher="random", seed=3)
+    space, _, samples = tuning.search(asked, 16)
+    tried = space[CONFIG]["grid_search"]
+    assert samples == 1
+    assert sorted(map(str, tried)) == sorted(map(str, configs(asked) or []))
+    assert [config["train.epochs"] for config in tried] == [3, 2, 1] * 2
+    assert len({config["train.learning_rate"] for config in tried[:3]}) == 1
+
+
+def test_optuna_begins_with_what_is_good_most_often_and_gives_back_lists() -> None:
+    search = {
+        "learning_rate": {"loguniform": [1e-5, 3e-3]},
+        "rank": {"randint": [4, 5]},
+        "targets": {"choice": [["q_proj"], ["q_proj", "v_proj"]]},
+    }
+    asked = job(search=search, searcher="optuna", trials=6, seed=1)
+    space, searcher, samples = tuning.search(asked, 16)
+    searcher.set_search_properties("validation_loss", "min", space)  # type: ignore[union-attr]  # as Tune does
+    assert samples == 6
+    drawn = [config_of(searcher.suggest(f"t{number}")) for number in range(6)]  # type: ignore[union-attr]
+    assert [one["train.learning_rate"] for one in drawn[:2]] == [3e-4, 1e-3]
+    assert all(1e-5 <= one["train.learning_rate"] <= 3e-3 for one in drawn)
+    assert {one["tuning.rank"] for one in drawn} <= {4, 5}
+    assert all(one["tuning.targets"] in search["targets"]["choice"] for one in drawn)  # type: ignore[operator]
+
+
+@pytest.fixture
+def asha() -> Any:
+    """Two trials have done one epoch each, well and badly."""
+    made = tuning.scheduler(SweepSpec.model_validate({"search": SPACE, "reduction_factor": 2}), 3.0)
+    made.set_search_properties("validation_loss", "min")
+    return made
+
+
+def decide(scheduler: Any, trial: str, loss: float, rung: float | None) -> str:
+    one = SimpleNamespace(trial_id=trial)
+    scheduler.on_trial_add(None, one)
+    return scheduler.on_trial_result(None, one, {"validation_loss": loss} | ({} if rung is None else {RUNG: rung}))
+
+
+def test_the_worse_half_is_stopped_at_the_end_of_an_epoch(asha: Any) -> None:
+    assert decide(asha, "good", 1.0, 1.0) == TrialScheduler.CONTINUE
+    assert decide(asha, "bad", 2.0, 1.0) == TrialScheduler.STOP
+    assert decide(asha, "better", 0.9, 1.0) == TrialScheduler.CONTINUE
+
+
+def test_a_finished_short_schedule_is_compared_with_nobody(asha: Any) -> None:
+    assert decide(asha, "short and finished", 0.1, None) == TrialScheduler.CONTINUE
+    assert decide(asha, "long", 1.0, 1.0) == TrialScheduler.CONTINUE, "it has nobody above it at its rung"
+    assert decide(asha, "finished badly", 9.0, None) == TrialScheduler.CONTINUE
+
+
+def test_a_budget_is_spent_by_seconds_or_by_tokens() -> None:
+    class Clock:
+        now = 0.0
+
+        def __call__(self) -> float:
+            return self.now
+
+    clock, tokens = Clock(), [0]
+    sweep = SweepSpec.model_validate({"search": SPACE, "budget": {"seconds": 60, "tokens": 1000}})
+    budget = tuning.Budget(sweep, lambda: tokens[0], clock)
+    assert budget.spent is None
+    clock.now = 61.0
+    assert budget.spent == "60 seconds"
+    clock.now, tokens[0] = 0.0, 1000
+    assert budget.spent == "1,000 tokens"
+    assert tuning.Budget(SweepSpec.model_validate({"search": SPACE}), lambda: 10**9, clock).spent is None
