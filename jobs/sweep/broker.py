@@ -71,7 +71,6 @@ class Broker:
         self._to_close: list[str] = []
         self._end: Orders | None = None
         self._progress: dict[str, Report] = {}
-        self._failure: dict[str, Any] | None = None
         self._changed = asyncio.Condition()
 
     # for trials
@@ -100,8 +99,6 @@ class Broker:
                 held.asked_at = self._clock()
                 if number < len(held.reports):
                     return held.reports[number]
-                if self._failure is not None:
-                    return {"state": "failed", "error": self._failure}
                 left = deadline - self._clock()
                 if left <= 0:
                     return None
@@ -154,11 +151,6 @@ class Broker:
                 except TimeoutError:
                     break
         return orders or Orders()
-
-    async def fail(self, error: dict[str, Any]) -> None:
-        """The group cannot go on; every trial is told why."""
-        self._failure = error
-        await self._tell()
 
     # for the driver
 

@@ -66,9 +66,7 @@ def _run(ours: Attempt) -> RunResult:
         tuning.Ending.over = staticmethod(lambda: budget.spent is not None)
         with group.interrupting():
             done = _tuner(ours, resolved.spec, broker).fit()
-            trials.made(
-                done._experiment_analysis.trials
-            )  # where an earlier attempt ended them all, no callback was called
+            trials.made(done._experiment_analysis.trials)  # no callback is called if an attempt before ended them all
         if group.ended.is_set():  # before the trials did: paused, cancelled, or it failed
             return group.join()
         if spent := budget.spent:

@@ -13,7 +13,6 @@ import ray
 from ray import tune
 
 from jobs.sweep.configs import config_of
-from orchestrator.errors import AdaptoryError, JobFailed
 
 CPUS = 0.01
 """That a trial reserves: Tune wants something, and the group needs the cores."""
@@ -38,8 +37,6 @@ class ThinTrial(tune.Trainable):
             if report is not None:
                 break
         self._number += 1
-        if report["state"] == "failed":
-            raise JobFailed(str(AdaptoryError.from_dict(report["error"])))
         return report | {"done": report["state"] != "running"}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

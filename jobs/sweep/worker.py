@@ -61,7 +61,7 @@ def _run(session: Session, control: Control | None, broker: Any) -> RunResult:
     with session.phase("preparing"):
         data = load_data(session, tokenizer)
     with session.phase("building"), explained(base.path):
-        network = load_network(spec, base, place)
+        network = load_network(spec, base, place, whole=True)
         most = spec.sweep.max_concurrent
         group = PackedGroup(
             network,

@@ -152,19 +152,6 @@ def test_one_that_diverges_at_a_step_already_told_has_ended(broker: Broker) -> N
     run(course())
 
 
-def test_when_the_group_fails_every_trial_is_told_why(broker: Broker) -> None:
-    async def course() -> None:
-        await broker.lease("t1", CONFIG, "a")
-        asking = asyncio.create_task(broker.report("t1", "a", 0))
-        await asyncio.sleep(0)
-        await broker.fail({"code": "out_of_memory", "message": "No memory."})
-        told = await asking
-        assert told["state"] == "failed"
-        assert told["error"]["message"] == "No memory."
-
-    run(course())
-
-
 def test_one_that_a_person_ends_is_told_so_and_frees_its_place(broker: Broker) -> None:
     async def course() -> None:
         await broker.lease("t1", CONFIG, "a")
