@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-LEASE_SECONDS = 60.0
-"""That a trial which no longer asks keeps its place: a busy machine delays a question by seconds, never by a minute."""
+LEASE_SECONDS = 600.0
+"""That a trial which no longer asks keeps its place. Tune says at once when one has ended or died; this is for what it does not
+say, and a driver that stands still for minutes must not cost its trials what they have learnt."""
 POLL_SECONDS = 10.0
 """That one question waits for a report."""
 
@@ -53,6 +54,13 @@ class _Lease:
     known: bool = False
     """The group has been told of it."""
 
+    def take(self, reports: list[Report]) -> None:
+        """What is new of them; nothing comes after a trial's end."""
+        for report in reports:
+            last = self.reports[-1]["step"] if self.reports else -1
+            if not self.ended and (report["step"] > last or report["state"] != "running"):
+                self.reports.append(report)
+
     @property
     def ended(self) -> bool:
         return bool(self.reports) and self.reports[-1]["state"] != "running"
@@ -71,6 +79,7 @@ class Broker:
         self._to_close: list[str] = []
         self._end: Orders | None = None
         self._progress: dict[str, Report] = {}
+        self._decided: dict[str, int] = {}
         self._changed = asyncio.Condition()
 
     # for trials
@@ -98,7 +107,7 @@ class Broker:
                     raise LookupError(f"The trial {trial} has no place any more.")
                 held.asked_at = self._clock()
                 if number < len(held.reports):
-                    return held.reports[number]
+                    return self._undecided(trial, held.reports[number])
                 left = deadline - self._clock()
                 if left <= 0:
                     return None
@@ -138,8 +147,7 @@ class Broker:
         self._progress |= progress or {}
         for trial, new in reports.items():
             if held := self._leases.get(trial):
-                last = held.reports[-1]["step"] if held.reports else -1
-                held.reports += [r for r in new if r["step"] > last or (r["state"] != "running" and not held.ended)]
+                held.take(new)
         if reports:
             await self._tell()
         deadline = self._clock() + patience
@@ -154,8 +162,8 @@ class Broker:
 
     # for the driver
 
-    async def end(self, trial: str, state: str, message: str) -> None:
-        """End a trial before its end; nothing happens to one that is not under way."""
+    async def end(self, trial: str, state: str, message: str) -> bool:
+        """End a trial before its end; False if it has no place yet."""
         held = self._leases.get(trial)
         if held is not None and not held.ended:
             held.reports.append(
@@ -164,6 +172,12 @@ class Broker:
             if held.known:
                 self._to_close.append(trial)
             await self._tell()
+        return held is not None
+
+    async def decided(self, steps: dict[str, int]) -> None:
+        """Up to which step an attempt before this one has decided about trials. Tune's scheduler remembers nothing of it, and
+        would decide again, among those only that were good enough then."""
+        self._decided |= steps
 
     async def progress(self) -> dict[str, Report]:
         """Where trials are that have moved since this was asked last."""
@@ -189,6 +203,12 @@ class Broker:
         if fresh or gone:
             return Orders(fresh, [trial for trial in gone if trial not in fresh])
         return None
+
+    def _undecided(self, trial: str, report: Report) -> Report:
+        """Without its rung, if it was decided about before."""
+        if report["step"] > self._decided.get(trial, -1):
+            return report
+        return {name: value for name, value in report.items() if name != RUNG}
 
     def _expire(self) -> None:
         oldest = self._clock() - LEASE_SECONDS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import tempfile
 import time
 from dataclasses import asdict
@@ -10,8 +12,10 @@ from pathlib import Path
 from jobs.sweep.broker import RUNG, Config, Orders, Report
 from jobs.sweep.packed import PackedGroup
 from jobs.sweep.reports import TrialReport
+from jobs.train.exhausted import explained_exhaustion
+from jobs.train.fence import check_still_ours
 from jobs.train.session import Session
-from orchestrator.errors import NoFreeLane
+from orchestrator.errors import AdaptoryError, CorruptObject, NoFreeLane, ObjectMissing
 from orchestrator.modeling.base_model import BaseModel
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.sweep import trial_spec, trunk_warmup
@@ -51,11 +55,17 @@ class Courses:
                 self.fresh[trial] = list(self.history[trial])
             if trial not in self._group.steps and not self._ended(trial):
                 self._waiting[trial] = config
-        if self._unclaimed and time.monotonic() - self._began > UNCLAIMED_SECONDS:
-            for trial in self._unclaimed:
-                self._close(trial)
-            self._unclaimed.clear()
         self._seat()
+
+    @property
+    def unclaimed_for_long(self) -> bool:
+        """Each rank has another clock: one of them says it for all."""
+        return bool(self._unclaimed) and time.monotonic() - self._began > UNCLAIMED_SECONDS
+
+    def close_unclaimed(self) -> None:
+        for trial in sorted(self._unclaimed):
+            self._close(trial)
+        self._unclaimed.clear()
 
     def step(self) -> dict[str, Report]:
         """One step of every lane; where each trial is then."""
@@ -76,7 +86,7 @@ class Courses:
             try:
                 self._group.open(trial, self._spec(config))
             except NoFreeLane:
-                return
+                continue  # another one may ride a lane that is there
             del self._waiting[trial]
             self._tell_of_the_way(trial)
 
@@ -98,7 +108,9 @@ class Courses:
         said = {
             name: value
             for name, value in asdict(report).items()
-            if value is not None and name not in ("trial", "error")
+            if value is not None
+            and name not in ("trial", "error")
+            and not (isinstance(value, float) and not math.isfinite(value))
         }
         if report.error is not None:
             said["error"] = report.error.to_dict()
@@ -116,7 +128,8 @@ class Courses:
     def _keep(self, trial: str, said: Report) -> None:
         """A finished trial's adapter, in the store: the group may die before the sweep ends."""
         session = self._session
-        if session.place.rank == 0:
+        if session.place.rank == 0 and not self._kept(trial):  # else a group before this one did
+            check_still_ours(session.store, session.resolved.run, session.attempt)
             with tempfile.TemporaryDirectory(prefix="adaptory-", dir=session.cache) as folder:
                 self._group.write_adapter(trial, Path(folder), self._base.loadable_name)
                 history = [*self.history.get(trial, []), said]
@@ -125,7 +138,8 @@ class Courses:
 
     def _ended(self, trial: str) -> bool:
         """Whether it has come to its end, in this group or in one before it."""
-        if trial not in self.history and (kept := self._kept(trial)):
+        place = self._session.place
+        if trial not in self.history and (kept := place.told(self._kept(trial) if place.rank == 0 else None)):
             self.history[trial] = self.fresh[trial] = kept
         return bool(self.history.get(trial)) and self.history[trial][-1]["state"] != "running"
 
@@ -140,30 +154,58 @@ class Courses:
     # snapshots
 
     def save(self) -> None:
-        """All courses as they are between two steps, beside the snapshot before; older ones go."""
+        """All courses as they are between two steps, beside the snapshot before; older ones go. Where the store cannot take it, the
+        snapshot before is still there, and training goes on.
+
+        Raises:
+            Superseded: a newer attempt owns the run.
+        """
         session, run = self._session, self._session.resolved.run
         self._number += 1
         if session.place.rank:
             return
-        with tempfile.TemporaryDirectory(prefix="adaptory-", dir=session.cache) as folder:
-            self._group.snapshot(Path(folder))
-            session.store.publish(checkpoint_path(run, self._number), Path(folder), {"history": self.history})
-        for name in session.store.children(checkpoints_path(run)):
-            if int(name) < self._number - 1:
-                session.store.delete(f"{checkpoints_path(run)}/{name}")
+        check_still_ours(session.store, run, session.attempt)
+        path = checkpoint_path(run, self._number)
+        try:
+            with explained_exhaustion("saving"), tempfile.TemporaryDirectory(prefix="adaptory-") as folder:
+                self._group.snapshot(Path(folder))
+                session.store.publish(path, Path(folder), {"history": self.history})
+            for name in session.store.children(checkpoints_path(run)):
+                if int(name) < self._number - 1:
+                    session.store.delete(f"{checkpoints_path(run)}/{name}")
+        except (AdaptoryError, OSError) as error:
+            session.say("message", f"A snapshot could not be saved; the sweep goes on: {error}", level="warn")
+            with contextlib.suppress(AdaptoryError):  # what it left is room for the next one
+                if session.store.manifest(path) is None:
+                    session.store.delete(path)
 
     def restore(self) -> None:
         """Go on from the newest whole snapshot, if there is one: the same on every rank."""
-        store, run, place = self._session.store, self._session.resolved.run, self._session.place
-        whole = [
-            int(n) for n in store.children(checkpoints_path(run)) if store.manifest(f"{checkpoints_path(run)}/{n}")
-        ]
-        self._number = place.gathered(max(whole, default=0))[0]
+        session, run = self._session, self._session.resolved.run
+        self._number = session.place.gathered(self._newest() if session.place.rank == 0 else 0)[0]
         if self._number == 0:
             return
-        with tempfile.TemporaryDirectory(prefix="adaptory-", dir=self._session.cache) as folder:
-            manifest = store.fetch(checkpoint_path(run, self._number), Path(folder))
+        with tempfile.TemporaryDirectory(prefix="adaptory-", dir=session.cache) as folder:
+            manifest = session.store.fetch(checkpoint_path(run, self._number), Path(folder))
             self._group.restore(Path(folder))
         self.history = manifest.metadata["history"]
+        for trial in list(self._group.steps):  # what came to its end after the snapshot need not do so again
+            if kept := session.place.told(self._kept(trial) if session.place.rank == 0 else None):
+                self.history[trial] = kept
+                self._group.close(trial)
         self._unclaimed = set(self._group.steps)
-        self._session.say("message", f"Going on with {len(self._unclaimed)} trials from snapshot {self._number}.")
+        session.say("message", f"Going on with {len(self._unclaimed)} trials from snapshot {self._number}.")
+
+    def _newest(self) -> int:
+        """Number of the newest snapshot that is whole and undamaged; 0 if none is."""
+        session, folder = self._session, checkpoints_path(self._session.resolved.run)
+        for name in reversed(session.store.children(folder)):
+            try:
+                if session.store.manifest(f"{folder}/{name}") is None:
+                    continue
+                with tempfile.TemporaryDirectory(prefix="adaptory-", dir=session.cache) as copy:
+                    session.store.fetch(f"{folder}/{name}", Path(copy))
+                return int(name)
+            except (CorruptObject, ObjectMissing) as error:
+                session.say("message", f"Snapshot {name} is damaged and passed over: {error}", level="warn")
+        return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import sys
@@ -29,6 +28,7 @@ from orchestrator.runs.result import RunResult, SweepResult
 from orchestrator.runs.states import TrialState
 from orchestrator.runs.sweeps import trials_to_stop
 from orchestrator.spec.job import JobSpec
+from orchestrator.store import names_path, train_storage_path
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def _run(ours: Attempt) -> RunResult:
     tuning.quiet()
     ours.events.emit("state", "The job has started.", state="running")
     shape = workers.connect(ours, resolved)
-    broker: Any = ray.remote(num_cpus=0)(Broker).remote()
+    broker: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Broker).remote()
     trials = Telling.trials = Trials(sweep, ours.events, ours.store, ours.run)
     Telling.broker = broker
     with (
@@ -65,7 +65,10 @@ def _run(ours: Attempt) -> RunResult:
         budget = tuning.Budget(sweep, tokens=lambda: trials.compute.tokens)
         tuning.Ending.over = staticmethod(lambda: budget.spent is not None)
         with group.interrupting():
-            done = _tuner(ours, resolved.spec, broker).fit()
+            tuner = _tuner(ours, resolved.spec, broker)
+            if group.ended.is_set():
+                return group.join()
+            done = tuner.fit()
             trials.made(done._experiment_analysis.trials)  # no callback is called if an attempt before ended them all
         if group.ended.is_set():  # before the trials did: paused, cancelled, or it failed
             return group.join()
@@ -84,7 +87,7 @@ def _tuner(ours: Attempt, job: JobSpec, broker: Any) -> tune.Tuner:
     path, filesystem = workers.train_storage(ours.store, ours.run)
     trainable = tune.with_resources(tune.with_parameters(ThinTrial, broker=broker), {"cpu": CPUS})
     found = f"{path}/{EXPERIMENT}"
-    if tune.Tuner.can_restore(found, storage_filesystem=filesystem):
+    if _has_state(ours):
         return tune.Tuner.restore(found, trainable, resume_errored=True, storage_filesystem=filesystem)
     sweep = job.sweep
     assert sweep is not None
@@ -111,10 +114,20 @@ def _tuner(ours: Attempt, job: JobSpec, broker: Any) -> tune.Tuner:
     )
 
 
+def _has_state(ours: Attempt) -> bool:
+    """Whether an attempt before this one left trials to go on with; what was cut off before there were any is removed."""
+    folder = f"{train_storage_path(ours.run)}/{EXPERIMENT}"
+    if any(name.startswith("experiment_state-") for name in ours.store.children(folder)):
+        return True
+    ours.store.delete(folder)
+    ours.store.delete(names_path(ours.run))
+    return False
+
+
 def _nobody_won(result: SweepResult) -> AdaptoryError:
     """What a person can do when no trial came to its end with the metric."""
-    rates = sorted({one.config.get("train.learning_rate", math.nan) for one in result.trials})
-    if result.trials and all(one.state is TrialState.DIVERGED for one in result.trials):
+    rates = sorted({rate for one in result.trials if (rate := one.config.get("train.learning_rate"))})
+    if rates and all(one.state is TrialState.DIVERGED for one in result.trials):
         return TrainingDiverged(
             f"All {len(result.trials)} trials diverged, at learning rates from {rates[0]:.3g} to {rates[-1]:.3g}.",
             hint=f"Search lower ones: sweep.search.learning_rate from {rates[0] / 100:.1e} to {rates[0] / 3:.1e}, say.",
@@ -147,7 +160,8 @@ class _Group:
         if error is not None and not isinstance(error, AdaptoryError):
             log.error("the sweep failed", exc_info=error)
             error = JobFailed(f"The sweep failed: {type(error).__name__}: {error}")
-        ray.get(self._broker.finish.remote(None, None, error.to_dict() if error else None))
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(self._broker.finish.remote(None, None, error.to_dict() if error else None))
         self._thread.join()
 
     @contextmanager
@@ -201,13 +215,18 @@ class _Watch:
 
     def _run(self) -> None:
         while not self._over.wait(1.0):
-            for trial, report in ray.get(self._broker.progress.remote()).items():
-                self._trials.progressed(trial, report)
-            with contextlib.suppress(StoreError):  # away for a moment
-                for name in trials_to_stop(self._ours.store, self._ours.run) - self._done:
-                    if trial := self._trials.id_of(name):
-                        ray.get(self._broker.end.remote(trial, TrialState.STOPPED.value, "stopped by a person"))
-                        self._done.add(name)
+            try:
+                self._look()
+            except (StoreError, ray.exceptions.RayError) as error:  # away for a moment
+                log.warning("%s", error)
+
+    def _look(self) -> None:
+        for trial, report in ray.get(self._broker.progress.remote()).items():
+            self._trials.progressed(trial, report)
+        for name in trials_to_stop(self._ours.store, self._ours.run) - self._done:
+            trial = self._trials.id_of(name)
+            if trial and ray.get(self._broker.end.remote(trial, TrialState.STOPPED.value, "stopped by a person")):
+                self._done.add(name)
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any] | None:

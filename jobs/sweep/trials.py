@@ -66,8 +66,13 @@ class Trials:
     def __len__(self) -> int:
         return len(self._known)
 
-    def made(self, trials: list[Any]) -> None:
-        """All of Tune's trials so far, in order; what an earlier attempt had of them is in their last results."""
+    def made(self, trials: list[Any]) -> dict[str, int]:
+        """All of Tune's trials so far, in order; what an earlier attempt had of them is in their last results.
+
+        Returns:
+            Of those that go on from such an attempt, the step up to which its scheduler has decided.
+        """
+        decided: dict[str, int] = {}
         with self._lock:
             new = [trial for trial in trials if trial.trial_id not in self._known]
             self._name(new)
@@ -79,6 +84,9 @@ class Trials:
                     self.ended(trial.trial_id, TrialState.STOPPED, _BY_SCHEDULER)
                 else:
                     self._say(one, TrialState.PENDING)
+                    if "step" in trial.last_result:
+                        decided[trial.trial_id] = trial.last_result["step"]
+        return decided
 
     def _name(self, trials: list[Any]) -> None:
         """Those without a name get the next ones. Tune restores its trials in another order, so they are kept."""
@@ -88,7 +96,8 @@ class Trials:
             self._store.write_json(names_path(self._run), self._names)
 
     def id_of(self, name: str) -> str | None:
-        return next((trial for trial, one in self._known.items() if one.name == name), None)
+        with self._lock:
+            return next((trial for trial, one in self._known.items() if one.name == name), None)
 
     def name_of(self, trial: str) -> str:
         return self._known[trial].name
@@ -114,8 +123,9 @@ class Trials:
     def reported(self, trial: str, report: Report) -> None:
         with self._lock:
             one = self._known[trial]
-            if compute := report.get("compute"):
-                self.compute = SweepCompute(**compute)
+            compute = SweepCompute(**report.get("compute", {}))
+            if compute.tokens >= self.compute.tokens:  # reports of an earlier attempt come again
+                self.compute = compute
             one.last = {**one.last, **{name: value for name, value in report.items() if value is not None}}
             self._say(one, TrialState(report["state"]), _words(report))
             value = self._value(one)
@@ -172,10 +182,10 @@ class Telling(tune.Callback):
     broker: Any
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        Telling.trials.made(trials)
+        self._made(trials)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        Telling.trials.made(trials)
+        self._made(trials)
         Telling.trials.started(trial.trial_id)
 
     def on_trial_result(
@@ -190,6 +200,10 @@ class Telling(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         Telling.broker.release.remote(trial.trial_id)
         Telling.trials.ended(trial.trial_id, TrialState.FAILED, _last_line(trial))
+
+    def _made(self, trials: list[Any]) -> None:
+        if decided := Telling.trials.made(trials):
+            Telling.broker.decided.remote(decided)
 
 
 def _words(report: Report) -> str:

@@ -75,9 +75,11 @@ def _run(session: Session, control: Control | None, broker: Any) -> RunResult:
         courses.restore()
     with session.phase("training"):
         end = _train(session, control, broker, courses)
-    if isinstance(end, str):
+    if end == "pause":
         courses.save()
-        return session.result(RunState.PAUSED if end == "pause" else RunState.CANCELLED)
+        return session.result(RunState.PAUSED)
+    if isinstance(end, str):
+        return session.result(RunState.CANCELLED)
     if end.error is not None:
         raise AdaptoryError.from_dict(end.error)
     assert end.best is not None
@@ -97,11 +99,14 @@ def _train(session: Session, control: Control | None, broker: Any, courses: Cour
             came: Any = ray.get(broker.sync.remote(courses.fresh, moved, patience))
             due = time.monotonic() - saved_at > SNAPSHOT_SECONDS
             said = {"wish": control.wish if control else None, "orders": asdict(came), "save": due}
+            said["unclaimed"] = courses.unclaimed_for_long
         said = place.told(said)
         courses.fresh, orders = {}, Orders(**said["orders"])
         if said["wish"]:
             return str(said["wish"])
         courses.follow(orders)
+        if said["unclaimed"]:
+            courses.close_unclaimed()
         if orders.finish:
             return orders
         moved = courses.step() if courses.busy else {}

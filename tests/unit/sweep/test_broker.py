@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs.sweep.broker import LEASE_SECONDS, Broker, Orders
+from jobs.sweep.broker import LEASE_SECONDS, RUNG, Broker, Orders
 
 CONFIG = {"train.learning_rate": 1e-3}
 
@@ -163,6 +163,30 @@ def test_one_that_a_person_ends_is_told_so_and_frees_its_place(broker: Broker) -
         await broker.end("t1", "stopped", "again")
         await broker.release("t1", "a")
         assert await broker.sync({}) == Orders()
+
+    run(course())
+
+
+def test_what_was_decided_before_is_not_decided_again(broker: Broker) -> None:
+    async def course() -> None:
+        await broker.decided({"t1": 4})
+        await broker.lease("t1", CONFIG, "a")
+        await broker.sync({"t1": [said(4) | {RUNG: 1.0}, said(8) | {RUNG: 2.0}]})
+        assert await broker.report("t1", "a", 0) == said(4)
+        assert await broker.report("t1", "a", 1) == said(8) | {RUNG: 2.0}
+
+    run(course())
+
+
+def test_nothing_revives_a_trial_that_has_ended(broker: Broker) -> None:
+    async def course() -> None:
+        assert not await broker.end("t1", "stopped", "too early: it has no place yet")
+        await broker.lease("t1", CONFIG, "a")
+        await broker.sync({})
+        assert await broker.end("t1", "stopped", "by a person")
+        await broker.sync({"t1": [said(4)]})
+        await broker.hello()
+        assert await broker.sync({}) == Orders(), "nor a group that is started anew"
 
     run(course())
 
