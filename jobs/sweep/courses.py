@@ -140,7 +140,7 @@ class Courses:
         """Whether it has come to its end, in this group or in one before it."""
         place = self._session.place
         if trial not in self.history and (kept := place.told(self._kept(trial) if place.rank == 0 else None)):
-            self.history[trial] = self.fresh[trial] = kept
+            self.history[trial], self.fresh[trial] = kept, list(kept)
         return bool(self.history.get(trial)) and self.history[trial][-1]["state"] != "running"
 
     def _kept(self, trial: str) -> list[Report]:

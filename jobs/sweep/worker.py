@@ -16,16 +16,16 @@ from jobs.data import PreparedData
 from jobs.sweep.broker import Orders, Report
 from jobs.sweep.courses import Courses
 from jobs.sweep.packed import PackedGroup
-from jobs.train.artifact import PUBLISHED, check_same, load_adapter
+from jobs.train.artifact import PUBLISHED, check_effect, load_adapter
 from jobs.train.control import Control
+from jobs.train.loop import mean_loss
 from jobs.train.publish import publish_checked
 from jobs.train.session import Session
-from jobs.train.setup import explained, load_network
-from jobs.train.worker import concluded, load_base, load_data
-from orchestrator.errors import AdaptoryError
+from jobs.train.setup import Place, explained, load_network, validation_batches
+from jobs.train.worker import concluded, load
+from orchestrator.errors import AdapterError, AdaptoryError
 from orchestrator.modeling.base_model import BaseModel
-from orchestrator.modeling.prompts import load_tokenizer
-from orchestrator.runs.result import RunResult, SweepResult
+from orchestrator.runs.result import RunResult, SweepResult, TrialResult
 from orchestrator.runs.states import RunState
 from orchestrator.spec.sweep import trial_spec, trunk_warmup
 from orchestrator.store import trial_path
@@ -36,6 +36,9 @@ SNAPSHOT_SECONDS = 60.0
 IDLE_SECONDS = 1.0
 """Between looks at what a person wants, of a group without trials."""
 LANES = 8
+"""Where `sweep.max_concurrent` is auto. Nobody has measured yet how many are fastest."""
+SAME_LOSS = {"float32": 1e-4, "bfloat16": 1e-2}
+"""By how much, relative to it, the winner's validation loss may differ when it is computed once more from its files."""
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 """In one forward pass: matmuls of a CPU are at their peak from a few hundred, those of a GPU want thousands."""
 
@@ -55,11 +58,7 @@ def run_sweep(session: Session, broker: Any) -> RunResult | None:
 def _run(session: Session, control: Control | None, broker: Any) -> RunResult:
     spec, place = session.spec, session.place
     assert spec.sweep is not None
-    with session.phase("loading"), explained(Path(session.resolved.base_model)):
-        base = load_base(session)
-        tokenizer = load_tokenizer(base.path)
-    with session.phase("preparing"):
-        data = load_data(session, tokenizer)
+    base, tokenizer, data = load(session)
     with session.phase("building"), explained(base.path):
         network = load_network(spec, base, place, whole=True)
         most = spec.sweep.max_concurrent
@@ -143,11 +142,31 @@ def _crown(
             network.eval()
             probe = torch.as_tensor(data.train[0].ids.astype("int64"), device=session.place.device)
             keep = torch.arange(len(probe), device=probe.device)
-            logits = network.logits(probe, keep, PUBLISHED).float()
-            probes = check_same(
-                logits, lambda: logits, lambda: network.logits(probe, keep, None).float(), tolerance=0.0
-            )
+            _check_won(own, network, data, winner)
+            with torch.no_grad():
+                published, plain = (network.logits(probe, keep, slot).float() for slot in (PUBLISHED, None))
+            probes = check_effect(published, plain)
         result = publish_checked(own, directory, network, base, tokenizer, data, probes)
     session.seconds |= own.seconds
     trials = [one.model_copy(update={"adapter": result.adapter}) if one is winner else one for one in sweep.trials]
     return result.model_copy(update={"sweep": sweep.model_copy(update={"trials": trials})})
+
+
+def _check_won(session: Session, network: Any, data: PreparedData, winner: TrialResult) -> None:
+    """What is published is what won: from its files, the adapter has the validation loss that it was chosen by.
+
+    Raises:
+        AdapterError: it has another; nothing is published.
+    """
+    won, rows, train = winner.metrics["validation_loss"], data.validation, session.spec.train
+    assert rows is not None
+    alone = Place(device=session.place.device)
+    batches = validation_batches(rows.lengths, network, alone, train)
+    again = mean_loss(network, rows, batches, slot=PUBLISHED, device=alone.device)
+    if not abs(again - won) <= SAME_LOSS[train.dtype] * abs(won):
+        raise AdapterError(
+            f"Loaded back from its files, {winner.name} has a validation loss of {again:.5g}, and it won with {won:.5g}; nothing is "
+            "published.",
+            hint="This is a defect of Adaptory: please report it with the run's log.",
+            check="same",
+        )

@@ -91,13 +91,8 @@ def check_same(
     Raises:
         AdapterError: not finite, not what was trained, or without effect on the base.
     """
-    again, before = published(), base()
-    if not torch.isfinite(again).all():
-        raise AdapterError(
-            "The trained weights give logits that are not finite; nothing is published.",
-            hint="Resume from an earlier checkpoint with a lower learning rate.",
-            check="finite",
-        )
+    again = published()
+    effect = check_effect(again, base())
     scale = trained.abs().max().item()
     error = (trained - again).abs().max().item()
     if error > tolerance * scale:
@@ -107,11 +102,26 @@ def check_same(
             hint="This is a defect of Adaptory: please report it with the run's log.",
             check="same",
         )
-    effect = (again - before).abs().max().item()
+    return {"probe_error": error} | effect
+
+
+def check_effect(published: Tensor, base: Tensor) -> dict[str, float]:
+    """Compare logits on a probe, [tokens, vocab] each.
+
+    Raises:
+        AdapterError: not finite, or without effect on the base.
+    """
+    if not torch.isfinite(published).all():
+        raise AdapterError(
+            "The trained weights give logits that are not finite; nothing is published.",
+            hint="Resume from an earlier checkpoint with a lower learning rate.",
+            check="finite",
+        )
+    effect = (published - base).abs().max().item()
     if effect == 0.0:
         raise AdapterError(
             "The trained weights change nothing: on a probe the logits are the base model's, so nothing is published.",
             hint="Raise train.learning_rate or train.epochs, and look at the loss curve with `adaptory runs plot`.",
             check="effect",
         )
-    return {"probe_error": error, "probe_effect": effect}
+    return {"probe_effect": effect}

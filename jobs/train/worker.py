@@ -69,11 +69,7 @@ def concluded(session: Session, work: Callable[[Control | None], RunResult]) -> 
 
 def _run(session: Session, control: Control | None, checkpoints: Checkpoints) -> RunResult:
     spec, place = session.spec, session.place
-    with session.phase("loading"), explained(Path(session.resolved.base_model)):
-        base = load_base(session)
-        tokenizer = load_tokenizer(base.path)
-    with session.phase("preparing"):
-        data = load_data(session, tokenizer)
+    base, tokenizer, data = load(session)
     with session.phase("building"), explained(base.path):
         trainable = make_trainable(spec, base, place, data.train.lengths)
         batches = trainable.batches
@@ -101,7 +97,16 @@ def _run(session: Session, control: Control | None, checkpoints: Checkpoints) ->
     return publish(session, trainable, base, tokenizer, data)
 
 
-def load_base(session: Session) -> BaseModel:
+def load(session: Session) -> tuple[BaseModel, Any, PreparedData]:
+    """The base model, its tokenizer, and the rows: what there is to train on."""
+    with session.phase("loading"), explained(Path(session.resolved.base_model)):
+        base = _base(session)
+        tokenizer = load_tokenizer(base.path)
+    with session.phase("preparing"):
+        return base, tokenizer, _data(session, tokenizer)
+
+
+def _base(session: Session) -> BaseModel:
     base = materialize(
         session.resolved.base_model,
         cache=session.cache,
@@ -113,7 +118,7 @@ def load_base(session: Session) -> BaseModel:
     return base
 
 
-def load_data(session: Session, tokenizer: Any) -> PreparedData:
+def _data(session: Session, tokenizer: Any) -> PreparedData:
     data = prepare(
         session.resolved.data,
         session.spec.data,
