@@ -63,7 +63,7 @@ def _run(ours: Attempt) -> RunResult:
         _Watch(ours, trials, broker),
     ):
         budget = tuning.Budget(sweep, tokens=lambda: trials.compute.tokens)
-        tuning.Ending.over = staticmethod(lambda: budget.spent is not None)
+        tuning.Ending.spent = staticmethod(lambda: budget.spent)
         with group.interrupting():
             tuner = _tuner(ours, resolved.spec, broker)
             if group.ended.is_set():
@@ -73,8 +73,7 @@ def _run(ours: Attempt) -> RunResult:
         if group.ended.is_set():  # before the trials did: paused, cancelled, or it failed
             return group.join()
         if spent := budget.spent:
-            for trial in trials.running():
-                trials.ended(trial, TrialState.STOPPED, f"the budget of {spent} is spent")
+            trials.end_all(f"the budget of {spent} is spent")
         if trials.best is None:
             ray.get(broker.finish.remote(None, None, _nobody_won(trials.result("packed", "")).to_dict()))
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from dataclasses import dataclass, field
@@ -57,14 +56,10 @@ class Trials:
     def __init__(self, sweep: SweepSpec, events: EventWriter, store: Store, run: str):
         self._sweep, self._events, self._store, self._run = sweep, events, store, run
         self._names: dict[str, str] = store.read_json(names_path(run)) if store.exists(names_path(run)) else {}
-        self._mode = sweep.mode or sweep.better
         self._known: dict[str, Known] = {}
         self._lock = threading.RLock()
         self._best: tuple[str, float] | None = None
         self.compute = SweepCompute()
-
-    def __len__(self) -> int:
-        return len(self._known)
 
     def made(self, trials: list[Any]) -> dict[str, int]:
         """All of Tune's trials so far, in order; what an earlier attempt had of them is in their last results.
@@ -98,12 +93,6 @@ class Trials:
     def id_of(self, name: str) -> str | None:
         with self._lock:
             return next((trial for trial, one in self._known.items() if one.name == name), None)
-
-    def name_of(self, trial: str) -> str:
-        return self._known[trial].name
-
-    def running(self) -> list[str]:
-        return [trial for trial, one in self._known.items() if not one.state.over]
 
     def started(self, trial: str) -> None:
         with self._lock:
@@ -140,6 +129,13 @@ class Trials:
             if not one.state.over:
                 self._say(one, state, message)
 
+    def end_all(self, message: str) -> None:
+        """Those under way: of a whole experiment's end Tune tells no callback."""
+        with self._lock:
+            for one in self._known.values():
+                if not one.state.over:
+                    self._say(one, TrialState.STOPPED, message)
+
     @property
     def best(self) -> str | None:
         """Id of the best trial among those that came to their end."""
@@ -150,7 +146,7 @@ class Trials:
             trials=[one.result() for one in sorted(self._known.values(), key=lambda one: (len(one.name), one.name))],
             best=self._known[self.best].name if self.best else None,
             metric=self._sweep.metric,
-            mode=self._mode,
+            mode=self._sweep.better,
             placement=placement,
             why=why,
             compute=self.compute,
@@ -161,18 +157,17 @@ class Trials:
         if one.state is not TrialState.FINISHED:
             return None
         values = {"validation_loss": one.last.get("validation_loss"), **one.last.get("metrics", {})}
-        value = values.get(self._sweep.metric)
-        return value if value is not None and math.isfinite(value) else None
+        return values.get(self._sweep.metric)
 
     def _better(self, value: float, than: float) -> bool:
-        return value < than if self._mode == "min" else value > than
+        return value < than if self._sweep.better == "min" else value > than
 
     def _say(self, one: Known, state: TrialState, message: str = "") -> None:
         one.state, one.message = state, message or one.message
         if state.over and one.began is not None:
             one.seconds = round(time.time() - one.began, 2)
         said = {name: one.last[name] for name in _SAID if one.last.get(name) is not None}
-        self._events.emit("trial", one.message, trial=one.name, config=one.config, state=state.value, **_numbers(said))
+        self._events.emit("trial", one.message, trial=one.name, config=one.config, state=state.value, **said)
 
 
 class Telling(tune.Callback):
@@ -214,8 +209,3 @@ def _words(report: Report) -> str:
 def _last_line(trial: Any) -> str:
     lines = str(trial.get_error() or "").strip().splitlines()
     return lines[-1] if lines else "its process died"
-
-
-def _numbers(said: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity."""
-    return {name: value for name, value in said.items() if not (isinstance(value, float) and not math.isfinite(value))}

@@ -54,9 +54,7 @@ def search(job: JobSpec, at_once: int) -> tuple[dict[str, Any], Searcher | Searc
     from ray.tune.search.optuna import OptunaSearch
 
     points = [{f"{CONFIG}/{name}": encoded(value) for name, value in point.items()} for point in suggested(job)]
-    searcher = OptunaSearch(
-        metric=sweep.metric, mode=sweep.mode or sweep.better, points_to_evaluate=points or None, seed=sweep.seed
-    )
+    searcher = OptunaSearch(metric=sweep.metric, mode=sweep.better, points_to_evaluate=points or None, seed=sweep.seed)
     return (
         {CONFIG: {name: domain(one) for name, one in sweep.space.items()}},
         ConcurrencyLimiter(searcher, at_once),
@@ -119,20 +117,16 @@ def scheduler(sweep: SweepSpec, longest: float) -> TrialScheduler:
 
 
 class Ending(tune.Stopper):
-    """Ends the whole sweep when its budget is spent, or somebody says so.
+    """Ends the whole sweep when its budget is spent."""
 
-    Args:
-        over: asked whether it is.
-    """
-
-    over: Callable[[], bool] = staticmethod(lambda: False)
-    """Of this process: Tune pickles a stopper with its experiment."""
+    spent: Callable[[], str | None] = staticmethod(lambda: None)
+    """Asked for what is, in words. Of this process: Tune pickles a stopper with its experiment."""
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        return Ending.over()
+        return Ending.spent() is not None
 
 
 class Budget:

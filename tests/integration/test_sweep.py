@@ -191,6 +191,17 @@ def test_one_diverges_one_is_stopped_by_a_person_and_the_third_wins(make_job: An
     assert sweep.winner is by_rate[5e-3]
 
 
+def test_a_budget_that_is_spent_ends_what_is_under_way(make_job: Any, start: Any) -> None:
+    space = {"search": {"learning_rate": {"grid": [5e-3, 6e-3]}}, "scheduler": "none", "budget": {"tokens": 1000}}
+    running = start(make_job(sweep=space, train={"epochs": 400}))
+    result = running.end()
+    assert result.state is RunState.FAILED
+    assert result.error is not None
+    assert result.error["message"] == "No trial came to its end: 2 stopped."
+    last = {event.data["trial"]: event.message for event in running.events("trial")}
+    assert set(last.values()) == {"the budget of 1,000 tokens is spent"}
+
+
 def test_all_diverge(make_job: Any, start: Any) -> None:
     search = {"search": {"learning_rate": {"grid": [80.0, 90.0]}}, "searcher": "grid"}
     result = start(make_job(sweep=search, train={"max_grad_norm": None, "epochs": 20})).end()
