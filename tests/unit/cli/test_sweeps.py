@@ -492,16 +492,10 @@ def test_pictures_of_trials_that_have_not_begun_or_all_diverged(tmp_path):
     assert len(save(lost, "w", tmp_path)) == 4
 
 
-@pytest.mark.parametrize(
-    ("more", "field"),
-    [
-        (["--set", "sweep.placement=one_by_one"], "sweep.placement"),
-        (["--set", "train.packing=false"], "train.packing"),
-    ],
-)
-def test_what_does_not_run_yet_is_refused_before_anything_starts(
-    adaptory: Any, wide: Path, more: list[str], field: str
-) -> None:
-    answer = adaptory("run", wide, *more, "--json")
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+@pytest.mark.parametrize("setting", ["sweep.placement=one_by_one", "train.packing=false", "tuning={type: full}"])
+def test_what_does_not_run_yet_is_refused_before_anything_starts(adaptory, wide, setting, more):
+    answer = adaptory("run", wide, "--set", setting, *more, "--json")
     assert answer.code == 2
-    assert answer.json["error"]["field"] == field
+    assert "does not run yet" in answer.json["error"]["message"]
+    assert adaptory("runs", "list", "--json").json == []
