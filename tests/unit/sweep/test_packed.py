@@ -215,15 +215,33 @@ def test_trials_that_differ_have_a_lane_each(tiny_model: Models, rows: Any, othe
     assert group.free == 0
 
 
-def test_only_a_lane_at_its_beginning_takes_riders(tiny_model: Models, rows: Any) -> None:
-    group = group_of(tiny_model("llama"), rows, lanes=2)
+def test_one_that_comes_late_rides_a_lane_that_came_its_way(tiny_model: Models, rows: Any) -> None:
+    directory = tiny_model("llama")
+    group = group_of(directory, rows, lanes=4)
     group.open("a", trunk(3))
-    group.open("b", trunk(2))
-    assert group.free == 1
     group.step()
-    group.open("c", trunk(3))
-    assert group.free == 0
-    assert group.steps == {"a": 1, "b": 1, "c": 0}
+    group.open("late", trunk(2))
+    group.open("other", trunk(2, train__seed=9))
+    assert (group.free, group.steps) == (2, {"a": 1, "late": 1, "other": 0})
+    assert (group.company("late"), group.company("other")) == (["a"], [])
+    expected = alone(directory, rows, None, TRUNK["e2"])
+    assert (group.computed.steps, group.alone.steps) == (1, 2)
+    assert group.alone.tokens == 2 * expected.tokens[0]
+    assert group.total_steps("late") == len(expected)
+    follow(group, {"a": Course(losses=[0.0]), "late": Course(losses=[0.0])})
+    assert group.alone.steps == len(expected) * 2 + group.steps["a"]
+    for name, weight in group.adapter("late").items():
+        torch.testing.assert_close(weight, expected.weights[-1][name], atol=1e-5, rtol=0, msg=name)
+
+
+def test_one_that_would_have_parted_already_begins_anew(tiny_model: Models, rows: Any) -> None:
+    group = group_of(tiny_model("llama"), rows, lanes=2)
+    short = len(alone(tiny_model("llama"), rows, None, TRUNK["e1"]))
+    group.open("a", trunk(3))
+    for _ in range(short):
+        group.step()
+    group.open("past its end", trunk(1))
+    assert (group.free, group.steps) == (0, {"a": short, "past its end": 0})
 
 
 # --- trials come and go ---------------------------------------------------------------------------------------------
