@@ -8,6 +8,7 @@ what has changed. A trial that does not ask for a while has gone, and its place 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,9 +20,15 @@ say, and a driver that stands still for minutes must not cost its trials what th
 POLL_SECONDS = 10.0
 """That one question waits for a report."""
 
+DECISION_SECONDS = 5.0
+"""That the group waits after an epoch for the scheduler to say who goes on. A step of lanes that are stopped a moment later costs
+more; a driver that does not answer must not hold up all."""
+
 RUNG = "rung"
 """In reports of trials that go on: epochs done. What ends has none, since the scheduler must not compare a short schedule that
 is finished with a long one that is not."""
+PEERS = "peers"
+"""In reports with a rung: trial → validation loss of the others that came to the same one at the same step."""
 
 Config = dict[str, Any]
 """Field of the spec → value: `{"train.learning_rate": 0.001}`."""
@@ -53,6 +60,8 @@ class _Lease:
     reports: list[Report] = field(default_factory=list)
     known: bool = False
     """The group has been told of it."""
+    asked: int | None = None
+    """Number of the report that was asked for last: those before it have been decided about."""
 
     def take(self, reports: list[Report]) -> None:
         """What is new of them; nothing comes after a trial's end."""
@@ -64,6 +73,13 @@ class _Lease:
     @property
     def ended(self) -> bool:
         return bool(self.reports) and self.reports[-1]["state"] != "running"
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the trial's process has yet to come back from the scheduler with its last report."""
+        if self.asked is None or self.ended or not self.reports or RUNG not in self.reports[-1]:
+            return False
+        return self.asked < len(self.reports)
 
 
 class Broker:
@@ -106,6 +122,9 @@ class Broker:
                 if held is None or held.holder != holder:
                     raise LookupError(f"The trial {trial} has no place any more.")
                 held.asked_at = self._clock()
+                if number != held.asked:
+                    held.asked = number
+                    self._changed.notify_all()
                 if number < len(held.reports):
                     return self._undecided(trial, held.reports[number])
                 left = deadline - self._clock()
@@ -137,7 +156,8 @@ class Broker:
     async def sync(
         self, reports: dict[str, list[Report]], progress: dict[str, Report] | None = None, patience: float = 0.0
     ) -> Orders:
-        """Take in reports, which may repeat older ones, and say what has changed.
+        """Take in reports, which may repeat older ones, and say what has changed: also by what was just reported, if the scheduler
+        decides in time.
 
         Args:
             reports: of each trial, its course from the beginning or from any point on, in order.
@@ -150,6 +170,7 @@ class Broker:
                 held.take(new)
         if reports:
             await self._tell()
+            await self._decisions(reports)
         deadline = self._clock() + patience
         async with self._changed:
             while not (orders := self._orders()) and (left := deadline - self._clock()) > 0:
@@ -209,6 +230,14 @@ class Broker:
         if report["step"] > self._decided.get(trial, -1):
             return report
         return {name: value for name, value in report.items() if name != RUNG}
+
+    async def _decisions(self, reports: dict[str, list[Report]]) -> None:
+        def pending() -> bool:
+            return any(held.undecided for trial in reports if (held := self._leases.get(trial)))
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DECISION_SECONDS), self._changed:
+                await self._changed.wait_for(lambda: not pending())
 
     def _expire(self) -> None:
         oldest = self._clock() - LEASE_SECONDS

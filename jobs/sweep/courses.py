@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from jobs.sweep.broker import RUNG, Config, Orders, Report
+from jobs.sweep.broker import PEERS, RUNG, Config, Orders, Report
 from jobs.sweep.packed import PackedGroup
 from jobs.sweep.reports import TrialReport
 from jobs.train.exhausted import explained_exhaustion
@@ -70,8 +70,9 @@ class Courses:
     def step(self) -> dict[str, Report]:
         """One step of every lane; where each trial is then."""
         moved: dict[str, Report] = {}
-        for report in self._group.step():
-            said = self._said(report)
+        reports = self._group.step()
+        for report in reports:
+            said = self._said(report, reports)
             if report.validation_loss is not None or report.state != "running":
                 if report.state == "finished":
                     self._keep(report.trial, said)
@@ -103,8 +104,12 @@ class Courses:
         job = self._session.spec
         return trial_spec(job, config, warmup_steps=trunk_warmup(job, config, self._rows))
 
-    def _said(self, report: TrialReport) -> Report:
-        """As the broker, Tune and events have it."""
+    def _said(self, report: TrialReport, beside: list[TrialReport]) -> Report:
+        """As the broker, Tune and events have it.
+
+        Args:
+            beside: all reports of the same step.
+        """
         said = {
             name: value
             for name, value in asdict(report).items()
@@ -116,6 +121,12 @@ class Courses:
             said["error"] = report.error.to_dict()
         if report.state == "running":
             said[RUNG] = report.epoch
+            said[PEERS] = {
+                other.trial: other.validation_loss
+                for other in beside
+                if other.state == "running" and other.epoch == report.epoch
+                if other.trial != report.trial and other.validation_loss is not None
+            }
         computed, alone = self._group.computed, self._group.alone
         return said | {
             "compute": {

@@ -15,7 +15,7 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, Searcher
 
-from jobs.sweep.broker import RUNG
+from jobs.sweep.broker import PEERS, RUNG
 from jobs.sweep.configs import CONFIG, encoded
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.search import Choice, Config, Grid, LogUniform, RandInt, SearchRange, Uniform
@@ -103,7 +103,7 @@ def scheduler(sweep: SweepSpec, longest: float) -> TrialScheduler:
     watched: Any = {"time_attr": RUNG, "metric": "validation_loss", "mode": "min"}
     match sweep.scheduler:
         case "asha":
-            return AsyncHyperBandScheduler(
+            return Asha(
                 **watched,
                 grace_period=sweep.grace_epochs,  # type: ignore[arg-type]  # fractions are welcome
                 max_t=max(longest, sweep.grace_epochs),  # type: ignore[arg-type]
@@ -114,6 +114,25 @@ def scheduler(sweep: SweepSpec, longest: float) -> TrialScheduler:
             return MedianStoppingRule(**watched, grace_period=sweep.grace_epochs, min_samples_required=3)
         case "none":
             return FIFOScheduler()
+
+
+class Asha(AsyncHyperBandScheduler):
+    """Asynchronous successive halving that knows what came at the same moment.
+
+    Tune hears of a packed group's trials one after the other, though they come to a rung together: the first would find the rung
+    empty and go on, however bad it is, and which one is first is chance. So each is decided about beside all of them.
+    """
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        peers = {f"peer {name}": -loss for name, loss in result.get(PEERS, {}).items() if name != trial.trial_id}
+        rungs = self._trial_info[trial.trial_id]._rungs
+        reached: dict[str, float] = next((recorded for rung, recorded in rungs if result.get(RUNG, 0) >= rung), {})
+        reached |= {name: loss for name, loss in peers.items() if name.removeprefix("peer ") not in reached}
+        try:
+            return super().on_trial_result(tune_controller, trial, result)
+        finally:
+            for name in peers:
+                reached.pop(name, None)
 
 
 class Ending(tune.Stopper):

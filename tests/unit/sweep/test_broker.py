@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from jobs.sweep import broker as broker_module
 from jobs.sweep.broker import LEASE_SECONDS, RUNG, Broker, Orders
 
 CONFIG = {"train.learning_rate": 1e-3}
@@ -199,5 +200,42 @@ def test_the_end_is_said_once_all_else_is(broker: Broker) -> None:
         await broker.finish(None, None)
         end = Orders(finish=True, best="t1", sweep={"best": "t01"})
         assert [await waiting, await broker.sync({})] == [end, end]
+
+    run(course())
+
+
+def test_the_group_hears_who_was_stopped_before_it_takes_the_next_step(broker: Broker) -> None:
+    async def course() -> None:
+        for trial in ("good", "bad"):
+            await broker.lease(trial, CONFIG, trial)
+        await broker.sync({})
+        asking = {trial: asyncio.create_task(broker.report(trial, trial, 0)) for trial in ("good", "bad")}
+        await asyncio.sleep(0)
+        rung = said(4) | {RUNG: 1.0}
+        stepping = asyncio.create_task(broker.sync({"good": [rung], "bad": [rung]}))
+        assert await asking["good"] == await asking["bad"] == rung
+        assert not stepping.done(), "both are with the scheduler"
+        await broker.release("bad")
+        await asyncio.sleep(0.01)
+        assert not stepping.done(), "one of them is"
+        going_on = asyncio.create_task(broker.report("good", "good", 1))
+        assert await stepping == Orders(close=["bad"])
+        going_on.cancel()
+
+    run(course())
+
+
+def test_a_scheduler_that_does_not_answer_holds_nobody_up_for_long(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broker_module, "DECISION_SECONDS", 0.05)
+
+    async def course() -> None:
+        await broker.lease("t1", CONFIG, "a")
+        await broker.sync({})
+        asking = asyncio.create_task(broker.report("t1", "a", 0))
+        await asyncio.sleep(0)
+        assert await broker.sync({"t1": [said(4) | {RUNG: 1.0}]}) == Orders()
+        assert await asking == said(4) | {RUNG: 1.0}
 
     run(course())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from jobs.sweep import tuning
-from jobs.sweep.broker import RUNG
+from jobs.sweep.broker import PEERS, RUNG
 from jobs.sweep.configs import CONFIG, config_of
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.sweep import SweepSpec, configs
@@ -57,16 +58,33 @@ def asha() -> Any:
     return made
 
 
-def decide(scheduler: Any, trial: str, loss: float, rung: float | None) -> str:
+def decide(scheduler: Any, trial: str, loss: float, rung: float | None, peers: dict[str, float] | None = None) -> str:
     one = SimpleNamespace(trial_id=trial)
     scheduler.on_trial_add(None, one)
-    return scheduler.on_trial_result(None, one, {"validation_loss": loss} | ({} if rung is None else {RUNG: rung}))
+    result = {"validation_loss": loss} | ({} if rung is None else {RUNG: rung, PEERS: peers or {}})
+    return scheduler.on_trial_result(None, one, result)
 
 
 def test_the_worse_half_is_stopped_at_the_end_of_an_epoch(asha: Any) -> None:
     assert decide(asha, "good", 1.0, 1.0) == TrialScheduler.CONTINUE
     assert decide(asha, "bad", 2.0, 1.0) == TrialScheduler.STOP
     assert decide(asha, "better", 0.9, 1.0) == TrialScheduler.CONTINUE
+
+
+def test_who_is_stopped_of_those_that_come_together_is_not_decided_by_who_is_heard_first() -> None:
+    losses = {f"t{number}": float(number) for number in range(1, 9)}
+    for order in itertools.islice(itertools.permutations(losses), 0, None, 1009):
+        made = tuning.scheduler(SweepSpec.model_validate({"search": SPACE}), 3.0)
+        on = {trial for trial in order if decide(made, trial, losses[trial], 1.0, losses) == TrialScheduler.CONTINUE}
+        assert on == {"t1", "t2", "t3"}, f"the best third goes on, heard in the order {order}"
+
+
+def test_one_that_comes_later_is_compared_with_those_that_came_together_once_each(asha: Any) -> None:
+    losses = {"t1": 1.0, "t2": 2.0, "t3": 3.0, "t4": 4.0}
+    for trial, loss in losses.items():
+        decide(asha, trial, loss, 1.0, losses)
+    assert decide(asha, "late and in the better half", 2.4, 1.0) == TrialScheduler.CONTINUE
+    assert decide(asha, "late and in the worse half", 2.6, 1.0) == TrialScheduler.STOP
 
 
 def test_a_finished_short_schedule_is_compared_with_nobody(asha: Any) -> None:
