@@ -28,7 +28,8 @@ RUNG = "rung"
 """In reports of trials that go on: epochs done. What ends has none, since the scheduler must not compare a short schedule that
 is finished with a long one that is not."""
 PEERS = "peers"
-"""In reports with a rung: trial → validation loss of the others that came to the same one at the same step."""
+"""In reports with a rung: [trial, validation loss] of the others that came to the same one at the same step. A list, since Tune takes
+dicts apart before its scheduler sees them."""
 
 Config = dict[str, Any]
 """Field of the spec → value: `{"train.learning_rate": 0.001}`."""

@@ -121,12 +121,12 @@ class Courses:
             said["error"] = report.error.to_dict()
         if report.state == "running":
             said[RUNG] = report.epoch
-            said[PEERS] = {
-                other.trial: other.validation_loss
+            said[PEERS] = [
+                [other.trial, other.validation_loss]
                 for other in beside
                 if other.state == "running" and other.epoch == report.epoch
                 if other.trial != report.trial and other.validation_loss is not None
-            }
+            ]
         computed, alone = self._group.computed, self._group.alone
         return said | {
             "compute": {

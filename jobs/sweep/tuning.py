@@ -124,7 +124,7 @@ class Asha(AsyncHyperBandScheduler):
     """
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        peers = {f"peer {name}": -loss for name, loss in result.get(PEERS, {}).items() if name != trial.trial_id}
+        peers = {f"peer {name}": -loss for name, loss in result.get(PEERS, []) if name != trial.trial_id}
         rungs = self._trial_info[trial.trial_id]._rungs
         reached: dict[str, float] = next((recorded for rung, recorded in rungs if result.get(RUNG, 0) >= rung), {})
         reached |= {name: loss for name, loss in peers.items() if name.removeprefix("peer ") not in reached}

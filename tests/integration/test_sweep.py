@@ -218,3 +218,15 @@ def kill(*names: str) -> None:
     """-9, one of the actors of a class, which has one of these names."""
     titles = ((process, " ".join(process.info["cmdline"] or [])) for process in psutil.process_iter(["cmdline"]))
     next(process for process, title in titles if any(f"ray::{name}" in title for name in names)).kill()
+
+
+def test_who_is_worse_at_a_rung_takes_no_step_more(make_job: Any, start: Any) -> None:
+    rates = [5e-3, 3e-6, 2e-6, 1e-6]
+    search = {"learning_rate": {"grid": rates}, "epochs": {"grid": [4]}}
+    sweep = trials(start(make_job(sweep={"search": search, "searcher": "grid"}, train=WSD)).end())
+    stopped = [one for one in sweep.trials if one.state is TrialState.STOPPED]
+    assert stopped, [(one.config, one.state) for one in sweep.trials]
+    assert {one.epochs for one in stopped} == {1.0}
+    assert sweep.winner is not None
+    assert sweep.winner.config["train.learning_rate"] == rates[0]
+    assert sweep.compute.steps == sum(one.steps for one in sweep.trials)

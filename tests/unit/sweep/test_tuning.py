@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from ray.tune.schedulers import TrialScheduler
+from ray.tune.utils import flatten_dict
 
 from jobs.sweep import tuning
 from jobs.sweep.broker import PEERS, RUNG
@@ -61,8 +62,10 @@ def asha() -> Any:
 def decide(scheduler: Any, trial: str, loss: float, rung: float | None, peers: dict[str, float] | None = None) -> str:
     one = SimpleNamespace(trial_id=trial)
     scheduler.on_trial_add(None, one)
-    result = {"validation_loss": loss} | ({} if rung is None else {RUNG: rung, PEERS: peers or {}})
-    return scheduler.on_trial_result(None, one, result)
+    result = {"validation_loss": loss} | (
+        {} if rung is None else {RUNG: rung, PEERS: [list(peer) for peer in (peers or {}).items()]}
+    )
+    return scheduler.on_trial_result(None, one, flatten_dict(result))  # as Tune does
 
 
 def test_the_worse_half_is_stopped_at_the_end_of_an_epoch(asha: Any) -> None:
