@@ -96,6 +96,15 @@ def small_disk() -> Iterator[SmallDisk]:
         path.rmdir()
 
 
+# --- devices --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where networks are computed; `tests/gpu` has its own, and runs the tests that take this one on a GPU."""
+    return "cpu"
+
+
 # --- data -----------------------------------------------------------------------------------------------------------
 
 

@@ -64,15 +64,18 @@ class SingleEngine:
 
     def collect(self) -> None:
         """Accumulate the gradient that a backward pass left at the Parameters: of a loss that others have a part in, too."""
+        fresh: list[tuple[Tensor, Tensor]] = []
         for name, parameter in self._parameters.items():
             master = self._masters[name]
             if master is parameter or parameter.grad is None:
                 continue  # fp32 weights accumulate in place
             if master.grad is None:
-                master.grad = parameter.grad.float()
+                master.grad = torch.empty_like(master)
+                fresh.append((master.grad, parameter.grad))
             else:
                 master.grad += parameter.grad
             parameter.grad = None
+        _copy_each(fresh)
 
     def gradients(self) -> list[Tensor]:
         """What has accumulated, to be changed in place; zeros where nothing has."""
@@ -115,9 +118,14 @@ class SingleEngine:
 
     def _copy_back(self) -> None:
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                if self._masters[name] is not parameter:
-                    parameter.copy_(self._masters[name])
+            pairs = [(parameter, self._masters[name]) for name, parameter in self._parameters.items()]
+            _copy_each([(parameter, master) for parameter, master in pairs if master is not parameter])
+
+
+def _copy_each(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """The second of each into the first: on a GPU by a few launches, not one for each of hundreds."""
+    if pairs:
+        torch._foreach_copy_([to for to, _ in pairs], [what for _, what in pairs])
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Attention inside packed documents: causal, and never across the border of two.
 
 Documents of similar length are laid side by side, so that attention is a few batched matmuls; a block-diagonal mask over
-the packed row would compute, and on a CPU pay for, everything it masks. There are two kernels: `matmul` (for CPUs, in
-`matmul_attention`) and `sdpa` (torch's fused kernels, for GPUs), which takes a padded grid, `[documents, longest]`, as do soft
-capped scores.
+the packed row would compute, and on a CPU pay for, everything it masks. There are two kernels: `flash` (for GPUs in 16 bits, in
+`flash_attention`), and `matmul` (for the rest, in `matmul_attention`), of batched matmuls that give the same bits each time, and
+fp32's own rounding. Soft capped scores take a padded grid, `[documents, longest]`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from orchestrator.modeling import flash_attention
 from orchestrator.modeling.documents import Group, alike, places, tokens_at
 from orchestrator.modeling.matmul_attention import Layout, MatmulAttention
 
-Kernel = Literal["matmul", "sdpa"]
+Kernel = Literal["matmul", "flash"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Documents:
     ):
         assert shared == 0 or shared < min(lengths), "a document must have tokens of its own"
         self.groups = [Group(tuple(lengths), shared)]
-        self.kernel: Kernel = kernel or ("matmul" if torch.device(device).type == "cpu" else "sdpa")
+        self.kernel: Kernel = kernel or ("matmul" if torch.device(device).type == "cpu" else "flash")
         self.device = device
         self._layouts: dict[tuple[int, int], Layout] = {}
 
@@ -114,11 +114,12 @@ class Documents:
     def __call__(self, layer: int, qkv: Tensor, shape: AttentionShape, window: int | None) -> Tensor:
         if window is not None and window >= self.longest:
             window = None
-        if self.kernel == "matmul" and shape.softcap is None:
+        if self.kernel == "flash" and flash_attention.takes(qkv, shape):
+            return flash_attention.FlashAttention.apply(qkv, self._varying, shape, window)
+        if shape.softcap is None:
             return MatmulAttention.apply(qkv, self._layout(shape), shape, window)
         grids = _Gather.apply(qkv, self._grid)
-        attend = _sdpa if shape.softcap is None else _softcapped
-        return _Scatter.apply(self.tokens, self._grid.buckets, *(attend(grid, shape, window) for grid in grids))
+        return _Scatter.apply(self.tokens, self._grid.buckets, *(_softcapped(grid, shape, window) for grid in grids))
 
     def _layout(self, shape: AttentionShape) -> Layout:
         """Of the model's heads, which are the same in every layer."""
@@ -126,6 +127,10 @@ class Documents:
         if heads not in self._layouts:
             self._layouts[heads] = Layout(self.groups, *heads, self.device)
         return self._layouts[heads]
+
+    @cached_property
+    def _varying(self) -> flash_attention.VaryingLengths:
+        return flash_attention.VaryingLengths(self.groups, self.device)
 
     @cached_property
     def _grid(self) -> _Grid:
@@ -218,7 +223,7 @@ class _Scatter(torch.autograd.Function):
         return None, None, *out
 
 
-# --- kernels over a grid: [documents, longest, heads + 2·kv_heads, head_dim] → [documents, longest, heads, head_dim] ---
+# --- over a grid: [documents, longest, heads + 2·kv_heads, head_dim] → [documents, longest, heads, head_dim] ---
 
 
 def _grouped(grid: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,12 +264,3 @@ def _softcapped(grid: Tensor, shape: AttentionShape, window: int | None) -> Tens
     scores = torch.tanh(scores) * shape.softcap + _mask(grid.shape[1], window, grid.dtype, grid.device)
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(grid.dtype)
     return _ungrouped(torch.einsum("ngqk,nkd->ngqd", weights, v), grid.shape[0])
-
-
-def _sdpa(grid: Tensor, shape: AttentionShape, window: int | None) -> Tensor:
-    q, k, v = (part.transpose(1, 2) for part in grid.split([shape.heads, shape.kv_heads, shape.kv_heads], 2))
-    mask = None if window is None else _mask(grid.shape[1], window, grid.dtype, grid.device)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=shape.scale, enable_gqa=shape.heads != shape.kv_heads
-    )
-    return out.transpose(1, 2)

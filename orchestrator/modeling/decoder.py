@@ -78,9 +78,13 @@ class Layer(nn.Module):
         sin: Tensor,
         attention: Attention,
         segments: Sequence[Segment],
-        keep: Tensor | None = None,
+        kept: tuple[Tensor, Sequence[Segment]] | None = None,
     ) -> Tensor:
-        """[tokens, hidden_size] → the same, or [kept, hidden_size]: what follows attention is done for `keep` alone."""
+        """[tokens, hidden_size] → the same, or [kept, hidden_size].
+
+        Args:
+            kept: for these positions alone, with their segments, is done what follows attention.
+        """
         a = self.architecture
         qkv = self.qkv(self.attention_norm(x), segments)
         if self.q_norm is not None and self.k_norm is not None:
@@ -89,8 +93,9 @@ class Layer(nn.Module):
             qkv = torch.cat([self.q_norm(q).flatten(1), self.k_norm(k).flatten(1), v.flatten(1)], 1)
         qkv = rotate(qkv, a.num_heads + a.num_kv_heads, cos, sin)
         context = attention(self.index, qkv.view(len(x), -1, a.head_dim), self.shape, a.windows[self.index])
-        if keep is not None:
-            x, context, segments = x[keep], context[keep], kept_segments(segments, keep)
+        if kept is not None:
+            keep, segments = kept
+            x, context = x.index_select(0, keep), context.index_select(0, keep)
         attended = self.o(context, segments)
         x = x + (attended if self.attention_post_norm is None else self.attention_post_norm(attended))
         hidden = gated_activation(self.gate_up(self.mlp_norm(x), segments), a.activation)
@@ -190,9 +195,11 @@ class Decoder(nn.Module):
         x = self.embedding(ids)
         tables = [rope.table(positions) for rope in self.architecture.ropes]
         tables = [(cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)) for cos, sin in tables]
+        # asked of a GPU before it has much to do: whoever asks waits until it is done
+        kept = None if keep is None else (keep, kept_segments(segments, keep))
         for i, layer in enumerate(self.layers):
             cos, sin = tables[self.architecture.rope_of_layer[i]]
-            wanted = keep if i == len(self.layers) - 1 else None
+            wanted = kept if i == len(self.layers) - 1 else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, attention, segments, wanted, use_reentrant=False)
             else:

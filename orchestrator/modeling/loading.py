@@ -54,6 +54,8 @@ def load_model(
         try:
             return Decoder(architecture, lambda name: read(name).to(device=device, dtype=dtype), quantize)
         except RuntimeError as error:
+            if "memory" in str(error).lower():  # too little of it, on the GPU or here: not the weights' fault
+                raise
             raise ModelError(
                 f"The weights in {directory} do not fit its config.json: {error}",
                 hint="Fetch the model again; config and weights must belong together.",

@@ -52,6 +52,7 @@ class FrozenWeight(Protocol):
     """A weight that is not kept as a plain tensor (4 bits): it is unpacked for each use and never saved unpacked."""
 
     shape: torch.Size
+    device: torch.device
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """[out, in]."""
@@ -126,18 +127,19 @@ class _LoraMatmul(torch.autograd.Function):
             grad_low, grad_b = torch.empty_like(low), torch.empty_like(b)
             for n, (start, stop, rows) in enumerate(_spans(update)):
                 part = slice(n * rank, (n + 1) * rank)
-                torch.mm(out[:, start:stop], b[rows], out=grad_low[:, part])
-                # this way round, since a wide thin product is twice as fast as a tall one
-                grad_b[rows] = (low[:, part].t() @ out[:, start:stop]).t()
+                grad_low[:, part].addmm_(out[:, start:stop], b[rows], beta=0, alpha=update.scale)
+                if x.is_cuda:  # one launch
+                    grad_b[rows].addmm_(out[:, start:stop].t(), low[:, part], beta=0, alpha=update.scale)
+                else:  # a wide thin product is twice as fast as a tall one
+                    grad_b[rows] = (low[:, part].t() @ out[:, start:stop]).t().mul_(update.scale)
             inputs = x[update.segment]
-            grad_ab += [(grad_low.t() @ (inputs if mask is None else inputs * mask)).mul_(update.scale)]
-            grad_ab += [grad_b.mul_(update.scale)]
+            grad_ab += [grad_low.t() @ (inputs if mask is None else inputs * mask), grad_b]
             if dx is None:
                 continue
             if mask is None:
-                dx[update.segment].addmm_(grad_low, a, alpha=update.scale)
+                dx[update.segment].addmm_(grad_low, a)
             else:
-                dx[update.segment].addcmul_(grad_low @ a, mask, value=update.scale)
+                dx[update.segment].addcmul_(grad_low @ a, mask)
         return dx, grad_weight, grad_bias, None, *grad_ab
 
 
@@ -218,7 +220,7 @@ class FusedLinear(nn.Module):
         chosen = tuple(p for p in self.projections if shape.covers(p.name))
         if not chosen:
             return False
-        device = self.weight.device if isinstance(self.weight, Tensor) else None
+        device = self.weight.device
         bound = 1 / math.sqrt(self.in_features)
         a = torch.rand(len(chosen) * shape.rank, self.in_features, generator=generator).mul_(2 * bound).sub_(bound)
         b = torch.zeros(sum(p.stop - p.start for p in chosen), shape.rank)

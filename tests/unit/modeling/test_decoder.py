@@ -17,9 +17,9 @@ ARCHITECTURES = ["llama", "llama-untied", "mistral", "qwen2", "qwen3", "gemma2",
 LENGTHS = [7, 23, 40, 23, 1, 12]
 
 
-def packed(seed=0, lengths=LENGTHS, vocab=250):
+def packed(seed=0, lengths=LENGTHS, vocab=250, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(4, vocab, (sum(lengths),), generator=generator)
+    return torch.randint(4, vocab, (sum(lengths),), generator=generator).to(device)
 
 
 def randomised(model, slot="a", seed=1, **shape):
@@ -29,27 +29,30 @@ def randomised(model, slot="a", seed=1, **shape):
     for name, parameter in adapter_parameters(model, slot).items():
         parameter.requires_grad_(True)
         if name.endswith("lora_b"):
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.05
     return model
 
 
-def loss_of(model, ids, lengths, kernel="matmul", slot="a"):
+def loss_of(model, ids, lengths, slot="a"):
     at = torch.arange(len(ids) - 1)
     ends = torch.tensor(lengths).cumsum(0) - 1
-    at = at[~torch.isin(at, ends)]
-    weights = torch.full((len(at),), 1 / len(at))
+    at = at[~torch.isin(at, ends)].to(ids.device)
+    weights = torch.full((len(at),), 1 / len(at), device=ids.device)
     segments = [Segment(slot, 0, len(ids))]
-    return model.loss(ids, Documents(lengths, kernel=kernel), ids[at + 1], at, weights, segments)
+    return model.loss(ids, Documents(lengths, ids.device), ids[at + 1], at, weights, segments)
 
 
-@pytest.mark.parametrize("kernel", ["matmul", "sdpa"])
+def stock(directory):
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_packed_logits_are_those_of_transformers_alone(tiny_model, architecture, kernel):
+def test_packed_logits_are_those_of_transformers_alone(tiny_model, device, architecture):
     directory = tiny_model(architecture)
-    ours = load_model(directory, dtype=torch.float32)
-    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
-    ids = packed()
-    documents = Documents(LENGTHS, kernel=kernel)
+    ours = load_model(directory, dtype=torch.float32, device=device)
+    theirs = stock(directory).to(device)
+    ids = packed(device=device)
+    documents = Documents(LENGTHS, device)
     assert not isinstance(ours, PlainDecoder)
     with torch.no_grad():
         logits = ours.head(ours(ids, documents.positions, documents))
@@ -57,12 +60,11 @@ def test_packed_logits_are_those_of_transformers_alone(tiny_model, architecture,
             torch.testing.assert_close(mine, theirs(document[None]).logits[0], atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kernel", ["matmul", "sdpa"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_packed_gradients_are_those_of_each_document_alone(tiny_model, architecture, kernel):
-    model = randomised(load_model(tiny_model(architecture), dtype=torch.float32))
-    ids = packed()
-    loss, _ = loss_of(model, ids, LENGTHS, kernel)
+def test_packed_gradients_are_those_of_each_document_alone(tiny_model, device, architecture):
+    model = randomised(load_model(tiny_model(architecture), dtype=torch.float32, device=device))
+    ids = packed(device=device)
+    loss, _ = loss_of(model, ids, LENGTHS)
     loss.backward()
     together = {n: p.grad.clone() for n, p in adapter_parameters(model, "a").items()}
     labelled = sum(n - 1 for n in LENGTHS)
@@ -70,7 +72,7 @@ def test_packed_gradients_are_those_of_each_document_alone(tiny_model, architect
     total = 0.0
     for document in ids.split(LENGTHS):
         if len(document) > 1:
-            alone, _ = loss_of(model, document, [len(document)], kernel)
+            alone, _ = loss_of(model, document, [len(document)])
             alone = alone * (len(document) - 1) / labelled
             alone.backward()
             total += alone.item()
@@ -79,15 +81,15 @@ def test_packed_gradients_are_those_of_each_document_alone(tiny_model, architect
         torch.testing.assert_close(parameter.grad, together[name], atol=1e-6, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen3"])
-def test_gradients_are_those_of_autograd_over_transformers(tiny_model, architecture):
-    """Full tuning: every weight's gradient, by its Hugging Face name."""
+@pytest.mark.parametrize(("architecture", "length"), [*((one, 30) for one in ARCHITECTURES), ("llama", 600)])
+def test_gradients_are_those_of_autograd_over_transformers(tiny_model, device, architecture, length):
+    """Full tuning: every weight's gradient, by its Hugging Face name. Of 600 tokens the attention weights are computed again."""
     directory = tiny_model(architecture)
-    ours = load_model(directory, dtype=torch.float32)
+    ours = load_model(directory, dtype=torch.float32, device=device)
     train_everything(ours)
-    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
-    ids = packed(lengths=[30])
-    loss, _ = loss_of(ours, ids, [30], slot=None)
+    theirs = stock(directory).to(device)
+    ids = packed(lengths=[length], device=device)
+    loss, _ = loss_of(ours, ids, [length], slot=None)
     loss.backward()
     reference = theirs(ids[None], labels=ids[None]).loss
     reference.backward()
@@ -99,26 +101,13 @@ def test_gradients_are_those_of_autograd_over_transformers(tiny_model, architect
         torch.testing.assert_close(gradient, expected[name], atol=2e-6, rtol=1e-3, msg=name)
 
 
-def test_long_documents_recompute_the_same_gradients(tiny_model):
-    """600 tokens: several blocks of queries, weights not kept."""
-    model = randomised(load_model(tiny_model("llama"), dtype=torch.float32))
-    ids = packed(lengths=[600])
-    gradients = {}
-    for kernel in ("matmul", "sdpa"):
-        model.zero_grad()
-        loss_of(model, ids, [600], kernel)[0].backward()
-        gradients[kernel] = {n: p.grad.clone() for n, p in adapter_parameters(model, "a").items()}
-    for name, gradient in gradients["matmul"].items():
-        torch.testing.assert_close(gradient, gradients["sdpa"][name], atol=1e-6, rtol=1e-3, msg=name)
-
-
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
-def test_adapters_in_one_batch_are_each_alone(tiny_model, architecture):
+def test_adapters_in_one_batch_are_each_alone(tiny_model, device, architecture):
     """Mixed ranks and scalings, and tokens of the base between them: losses and gradients."""
-    model = randomised(load_model(tiny_model(architecture), dtype=torch.float32), "a", 1)
+    model = randomised(load_model(tiny_model(architecture), dtype=torch.float32, device=device), "a", 1)
     randomised(model, "b", 2, rank=2, alpha=3.0, rslora=True, targets=frozenset({"q_proj", "down_proj"}))
-    ids = packed(lengths=[20, 30, 25])
-    documents = Documents([20, 30, 25])
+    ids = packed(lengths=[20, 30, 25], device=device)
+    documents = Documents([20, 30, 25], device)
     segments = [Segment("a", 0, 20), Segment(None, 20, 50), Segment("b", 50, 75)]
     hidden = model(ids, documents.positions, documents, segments)
     (hidden[:20].sum() + hidden[50:].square().sum()).backward()
@@ -126,7 +115,7 @@ def test_adapters_in_one_batch_are_each_alone(tiny_model, architecture):
     for slot, rows in (("a", slice(0, 20)), (None, slice(20, 50)), ("b", slice(50, 75))):
         model.zero_grad()
         own = ids[rows]
-        alone = Documents([len(own)])
+        alone = Documents([len(own)], device)
         out = model(own, alone.positions, alone, [Segment(slot, 0, len(own))])
         torch.testing.assert_close(out, hidden[rows], atol=1e-5, rtol=1e-5)
         if slot:
@@ -135,9 +124,9 @@ def test_adapters_in_one_batch_are_each_alone(tiny_model, architecture):
                 torch.testing.assert_close(parameter.grad, mixed[slot][name], atol=1e-4, rtol=1e-3, msg=name)
 
 
-def test_gradient_checkpointing_changes_nothing(tiny_model):
-    model = randomised(load_model(tiny_model("llama"), dtype=torch.float32))
-    ids = packed()
+def test_gradient_checkpointing_changes_nothing(tiny_model, device):
+    model = randomised(load_model(tiny_model("llama"), dtype=torch.float32, device=device))
+    ids = packed(device=device)
     loss_of(model, ids, LENGTHS)[0].backward()
     plain = {n: p.grad.clone() for n, p in adapter_parameters(model, "a").items()}
     model.zero_grad()
@@ -148,9 +137,9 @@ def test_gradient_checkpointing_changes_nothing(tiny_model):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_the_plain_path_is_the_fused_one(tiny_model, architecture):
-    fused = randomised(load_model(tiny_model(architecture), dtype=torch.float32))
-    plain = randomised(load_model(tiny_model(architecture), dtype=torch.float32, plain=True))
+def test_the_plain_path_is_the_fused_one(tiny_model, device, architecture):
+    fused = randomised(load_model(tiny_model(architecture), dtype=torch.float32, device=device))
+    plain = randomised(load_model(tiny_model(architecture), dtype=torch.float32, device=device, plain=True))
     assert isinstance(plain, PlainDecoder)
     tensors = adapter_tensors(fused, "a")
     assert tensors.keys() == adapter_tensors(plain, "a").keys()
@@ -160,7 +149,7 @@ def test_the_plain_path_is_the_fused_one(tiny_model, architecture):
             a, b = module.parameters_of("a")
             a.data = tensors[f"base_model.model.{projection}.lora_A.weight"].clone()
             b.data = tensors[f"base_model.model.{projection}.lora_B.weight"].clone()
-    ids = packed(lengths=[25])
+    ids = packed(lengths=[25], device=device)
     one, two = loss_of(fused, ids, [25])[0], loss_of(plain, ids, [25])[0]
     one.backward()
     two.backward()
@@ -182,21 +171,22 @@ def test_dropout_is_inverted_and_seeded(tiny_model):
     assert loss_of(model, ids, LENGTHS)[0].item() not in runs
 
 
-def test_seeded_dropout_is_the_segments_own(tiny_model):
+def test_seeded_dropout_is_the_segments_own(tiny_model, device):
     """Loss and gradient of a segment are the same in another batch, after other draws, and where layers are recomputed."""
-    model = randomised(load_model(tiny_model("llama"), dtype=torch.float32), dropout=0.5)
+    model = randomised(load_model(tiny_model("llama"), dtype=torch.float32, device=device), dropout=0.5)
     randomised(model, "b", 2, dropout=0.3)
-    own, other = packed(lengths=[20]), packed(1, [30])
+    own, other = packed(lengths=[20], device=device), packed(1, [30], device=device)
 
     def result(seed, beside=False, recompute=False):
         model.zero_grad()
         model.gradient_checkpointing = recompute
         ids = torch.cat([other, own]) if beside else own
-        start, at = len(ids) - 20, torch.arange(len(ids) - 20, len(ids) - 1)
-        documents = Documents([30, 20] if beside else [20])
+        start, at = len(ids) - 20, torch.arange(len(ids) - 20, len(ids) - 1, device=device)
+        documents = Documents([30, 20] if beside else [20], device)
         segments = [Segment("b", 0, 30, 9)] if beside else []
         segments.append(Segment("a", start, len(ids), seed))
-        loss, each = model.loss(ids, documents, ids[at + 1], at, torch.full((19,), 1 / 19), segments)
+        weights = torch.full((19,), 1 / 19, device=device)
+        loss, each = model.loss(ids, documents, ids[at + 1], at, weights, segments)
         loss.backward()
         return each, {n: p.grad.clone() for n, p in adapter_parameters(model, "a").items()}
 
@@ -244,25 +234,24 @@ def test_a_rank_above_the_width_is_refused(tiny_model):
         add_adapter(model, "a", LoraShape(4096, 8.0), 0)
 
 
-@pytest.mark.parametrize("kernel", ["matmul", "sdpa"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_shared_beginning_changes_no_loss_and_no_gradient(tiny_model, architecture, kernel):
+def test_a_shared_beginning_changes_no_loss_and_no_gradient(tiny_model, device, architecture):
     """Five documents that begin with the same 11 tokens, computed once, against each with its own copy."""
-    model = randomised(load_model(tiny_model(architecture), dtype=torch.float32))
+    model = randomised(load_model(tiny_model(architecture), dtype=torch.float32, device=device))
     lengths, shared = [20, 31, 14, 31, 12], 11
-    documents = list(packed(lengths=lengths).split(lengths))
+    documents = list(packed(lengths=lengths, device=device).split(lengths))
     for document in documents:
         document[:shared] = documents[0][:shared]
     results = []
     for common in (0, shared):
         model.zero_grad()
         ids = torch.cat([documents[0][:common], *(d[common:] for d in documents)])
-        layout = Documents(lengths, kernel=kernel, shared=common)
+        layout = Documents(lengths, device, shared=common)
         assert len(ids) == layout.tokens == len(layout.positions)
         # labels from the second own token on, so that both layouts have the same ones
         starts = [common + sum(n - common for n in lengths[:i]) + (shared - common) for i in range(len(lengths))]
-        at = torch.cat([torch.arange(s, s + n - shared - 1) for s, n in zip(starts, lengths, strict=True)])
-        weights = torch.full((len(at),), 1 / len(at))
+        at = torch.cat([torch.arange(s, s + n - shared - 1) for s, n in zip(starts, lengths, strict=True)]).to(device)
+        weights = torch.full((len(at),), 1 / len(at), device=device)
         loss, each = model.loss(ids, layout, ids[at + 1], at, weights, [Segment("a", 0, len(ids))])
         loss.backward()
         results.append((each, {n: p.grad.clone() for n, p in adapter_parameters(model, "a").items()}))
