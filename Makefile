@@ -15,7 +15,7 @@ RECORD := $(BIN)/python -c 'import json, pathlib, sys, time; p = pathlib.Path("b
 	d = json.loads(p.read_text()) if p.exists() else {}; \
 	d[sys.argv[1]] = round(time.time() - float(sys.argv[2]), 1); p.write_text(json.dumps(d) + "\n")'
 
-.PHONY: help demo test test-vllm bench lint format clean postgres
+.PHONY: help demo test test-vllm test-gpu bench lint format clean postgres
 
 help: ## list the goals
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -28,6 +28,9 @@ test: lint | postgres ## lint, types, import borders and every test
 
 test-vllm: $(VENV)/.adaptory-dev ## vLLM behind the Engine protocol and on Ray Serve, in an environment of its own (3 GB in build/)
 	$(BIN)/python tests/vllm/run.py $(ARGS)
+
+test-gpu: $(VENV)/.adaptory-dev ## training, sweeps and the engine on an NVIDIA GPU, against CPU, transformers and PEFT (four minutes)
+	$(BIN)/python -m pytest -p no:cacheprovider tests/gpu $(ARGS)
 
 bench: $(VENV)/.adaptory-dev ## list the benchmarks; NAME=… runs one
 ifdef NAME

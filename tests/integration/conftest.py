@@ -60,15 +60,19 @@ class Job:
     store: Store
     cache: Path
     resolved: ResolvedSpec
+    device: str = "cpu"
 
     def work(self, heard: Heard | None = None, attempt: int = 1) -> RunResult:
         """One attempt on one worker, in this process."""
+        import torch
+
         from jobs.train.session import Session
         from jobs.train.setup import Place
         from jobs.train.worker import run_worker
 
         events: Any = heard or Heard()
-        result = run_worker(Session(self.resolved, attempt, self.store, self.cache, Place(), events))
+        place = Place(device=torch.device(self.device))
+        result = run_worker(Session(self.resolved, attempt, self.store, self.cache, place, events))
         assert result is not None
         return result
 
@@ -80,7 +84,7 @@ class Job:
 
 @pytest.fixture
 def make_job(
-    tmp_path: Path, tiny_model: Callable[[str], Path], entities_rows: list[dict[str, Any]]
+    tmp_path: Path, tiny_model: Callable[[str], Path], entities_rows: list[dict[str, Any]], device: str
 ) -> Callable[..., Job]:
     """`make_job(model="llama", name="one", store=URL, **sections)`: 32 rows to train on, 4 to validate, 12 to test.
 
@@ -120,7 +124,7 @@ def make_job(
             created_at=time.time(),
         )
         at.write_json(spec_path(resolved.run), resolved.model_dump(mode="json"))
-        return Job(at, tmp_path / "cache", resolved)
+        return Job(at, tmp_path / "cache", resolved, device)
 
     return make
 

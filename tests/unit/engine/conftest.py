@@ -57,7 +57,7 @@ def _write_adapter(base: Path, directory: Path, shape: dict[str, Any], seed: int
 
 
 @pytest.fixture
-def make_engine(tiny_model) -> Callable[..., EngineCore]:
+def make_engine(tiny_model, device) -> Callable[..., EngineCore]:
     """`make_engine("llama", cache_tokens=…)` → an engine in fp32 whose answers end by their length only."""
 
     def make(
@@ -70,7 +70,7 @@ def make_engine(tiny_model) -> Callable[..., EngineCore]:
     ) -> EngineCore:
         directory = tiny_model(architecture)
         sizes = {"cache_tokens": 4096, "max_sequences": 16, "batch_tokens": 64, "block_size": 16} | limits
-        network = ServedNetwork(load_model(directory, dtype=dtype).eval(), pack, fuse=fuse)
+        network = ServedNetwork(load_model(directory, dtype=dtype, device=device).eval(), pack, fuse=fuse)
         return EngineCore(network, AutoTokenizer.from_pretrained(directory), end, Limits(**sizes))
 
     return make
@@ -123,12 +123,12 @@ class Done:
 
 
 @pytest.fixture(scope="session")
-def stock(tiny_model) -> Callable[..., Any]:
+def stock(tiny_model, device) -> Callable[..., Any]:
     """`stock("llama", adapter)` → transformers' model in fp32, with PEFT's adapter on it if there is one."""
 
     def load(architecture: str, adapter: Path | None = None) -> Any:
         directory = tiny_model(architecture)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
-        return (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
+        return (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval().to(device)
 
     return load

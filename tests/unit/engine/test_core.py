@@ -44,7 +44,7 @@ def logits_of(core, monkeypatch):
 
 @torch.no_grad()
 def stock_logits(model, prompt, answer):
-    ids = torch.tensor([[*prompt, *answer]])
+    ids = torch.tensor([[*prompt, *answer]], device=model.device)
     return model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
 
 

@@ -61,9 +61,10 @@ class Course:
         return len(self.losses)
 
 
-def alone(directory: Path, rows: Any, validation_rows: Any, spec: JobSpec) -> Course:
+def alone(directory: Path, rows: Any, validation_rows: Any, spec: JobSpec, place: Place | None = None) -> Course:
     """The same trial as a run of its own, validating after every step."""
-    network, place, found = load_model(directory, dtype=DTYPES[spec.train.dtype]), Place(), Course()
+    place, found = place or Place(), Course()
+    network = load_model(directory, dtype=DTYPES[spec.train.dtype], device=place.device)
     add_adapter(network, SLOT, lora_shape(spec.tuning), spec.train.seed)
     parameters = adapter_parameters(network, SLOT)
     for parameter in parameters.values():
@@ -74,20 +75,21 @@ def alone(directory: Path, rows: Any, validation_rows: Any, spec: JobSpec) -> Co
     def validate(progress: Progress) -> None:
         if validation_rows is not None:
             cut = validation_batches(validation_rows.lengths, network, place, spec.train)
-            found.validation[progress.step] = mean_loss(network, validation_rows, cut)
+            found.validation[progress.step] = mean_loss(network, validation_rows, cut, device=place.device)
 
     def on_step(progress: Progress) -> None:
         found.losses.append(progress.loss)
         found.norms.append(progress.grad_norm)
         found.rates.append(progress.learning_rate)
         found.tokens.append(progress.tokens)
-        found.weights.append({name: value.clone() for name, value in adapter_tensors(network, SLOT).items()})
+        weights = adapter_tensors(network, SLOT)
+        found.weights.append({name: value.to("cpu", copy=True) for name, value in weights.items()})
 
     train(
         network, SingleEngine(parameters, spec.train), rows, batches, learning_rates(spec.train, batches.total_steps),
         seed=spec.train.seed, progress=Progress(0, batches.total_steps),
         hooks=Hooks(on_step=on_step, validate=validate, validate_every=1),
-        share=spec.tuning.dropout == 0.0,
+        device=place.device, share=spec.tuning.dropout == 0.0,
     )  # fmt: skip
     return found
 
@@ -102,8 +104,9 @@ def group_of(
     dtype: torch.dtype = torch.float32,
     place: Place | None = None,
 ) -> PackedGroup:
-    network = load_model(directory, dtype=dtype)
-    return PackedGroup(network, rows, validation_rows, place or Place(), tokens_at_once=tokens_at_once, lanes=lanes)
+    place = place or Place()
+    network = load_model(directory, dtype=dtype, device=place.device)
+    return PackedGroup(network, rows, validation_rows, place, tokens_at_once=tokens_at_once, lanes=lanes)
 
 
 def follow(group: PackedGroup, courses: dict[str, Course], steps: int = 1000) -> dict[str, Course]:
@@ -161,6 +164,12 @@ def check_close(found: Course, expected: Course, *, loss: float = 1e-5, weight: 
         assert mine.keys() == theirs.keys()
         for name in mine:
             torch.testing.assert_close(mine[name], theirs[name], atol=weight, rtol=0, msg=name)
+
+
+@pytest.fixture
+def place(device: str) -> Place:
+    """One worker."""
+    return Place(device=torch.device(device))
 
 
 @pytest.fixture

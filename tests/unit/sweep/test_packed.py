@@ -22,7 +22,7 @@ from jobs.train.artifact import load_adapter
 from jobs.train.setup import Place
 from orchestrator.errors import ModelError, NoFreeLane, OutOfMemory, TrainingDiverged, TrialRunsAlone
 from orchestrator.modeling.decoder import adapter_tensors
-from orchestrator.modeling.loading import load_model
+from orchestrator.modeling.loading import DTYPES, load_model
 from orchestrator.modeling.lora import FusedLinear
 from orchestrator.spec.job import JobSpec
 from tests.unit.sweep.conftest import PER_EPOCH, Course, alone, check_close, follow, group_of, made_spec, packed, same
@@ -72,16 +72,21 @@ def forward_passes(group: PackedGroup, monkeypatch: pytest.MonkeyPatch) -> list[
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3", "gemma2"])
 def test_trials_side_by_side_are_each_their_own_run(
-    tiny_model: Models, rows: Any, validation_rows: Any, monkeypatch: pytest.MonkeyPatch, architecture: str
+    tiny_model: Models,
+    rows: Any,
+    validation_rows: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    place: Place,
+    architecture: str,
 ) -> None:
     """Losses and weights within 1e-5 at each step, in fp32, of nine trials in joint passes."""
     directory = tiny_model(architecture)
-    group = group_of(directory, rows, validation_rows)
+    group = group_of(directory, rows, validation_rows, place=place)
     passes = forward_passes(group, monkeypatch)
     found = packed(group, MIXED)
     assert max(passes) > 4
     for trial, spec in MIXED.items():
-        check_close(found[trial], alone(directory, rows, validation_rows, spec))
+        check_close(found[trial], alone(directory, rows, validation_rows, spec, place))
 
 
 def test_rows_that_begin_alike_compute_their_beginning_once_for_each_lane(
@@ -101,7 +106,7 @@ def test_rows_that_begin_alike_compute_their_beginning_once_for_each_lane(
 
 @pytest.mark.parametrize("kind", ["rows", "alike_rows"])
 def test_what_goes_alone_is_its_own_run_to_the_last_bit(
-    tiny_model: Models, request: pytest.FixtureRequest, validation_rows: Any, kind: str
+    tiny_model: Models, request: pytest.FixtureRequest, validation_rows: Any, place: Place, kind: str
 ) -> None:
     """No two micro-batches fit together; recomputed layers and dropout among the trials."""
     rows, directory = request.getfixturevalue(kind), tiny_model("llama")
@@ -110,9 +115,9 @@ def test_what_goes_alone_is_its_own_run_to_the_last_bit(
         name: spec.model_copy(update={"train": spec.train.model_copy(update={"micro_batch_tokens": 60})})
         for name, spec in MIXED.items()
     } | {"recomputed": made_spec(tuning__dropout=0.2, train__gradient_checkpointing=True, **cut)}
-    found = packed(group_of(directory, rows, validation_rows, tokens_at_once=8), specs)
+    found = packed(group_of(directory, rows, validation_rows, tokens_at_once=8, place=place), specs)
     for trial, spec in specs.items():
-        expected = alone(directory, rows, validation_rows, spec)
+        expected = alone(directory, rows, validation_rows, spec, place)
         assert same(found[trial], expected), trial
         assert found[trial].validation.items() <= expected.validation.items()
 
@@ -123,7 +128,7 @@ def test_layers_are_recomputed_while_a_trial_asks_for_it(tiny_model: Models, row
     group.open("b", made_spec(train__gradient_checkpointing=True, train__seed=1))
     group.step()
     assert group._network.gradient_checkpointing
-    group.snapshot(tmp_path)
+    snapshots.write(tmp_path, group.snapshot())
     group.close("b")
     group.step()
     assert not group._network.gradient_checkpointing
@@ -133,15 +138,15 @@ def test_layers_are_recomputed_while_a_trial_asks_for_it(tiny_model: Models, row
     assert again._network.gradient_checkpointing
 
 
-def test_bfloat16_stays_within_its_own_rounding(tiny_model: Models, rows: Any) -> None:
+def test_bfloat16_stays_within_its_own_rounding(tiny_model: Models, rows: Any, place: Place) -> None:
     """Losses within 0.02 of nearly 6, weights within 2e-3 after six steps at a learning rate of 2e-3."""
     directory, specs = tiny_model("llama"), {}
     for name in ("plain", "rank", "batch", "seed"):
         train = MIXED[name].train.model_copy(update={"dtype": "bfloat16", "learning_rate": 2e-3})
         specs[name] = MIXED[name].model_copy(update={"train": train})
-    found = packed(group_of(directory, rows, dtype=torch.bfloat16), specs)
+    found = packed(group_of(directory, rows, dtype=torch.bfloat16, place=place), specs)
     for trial, spec in specs.items():
-        check_close(found[trial], alone(directory, rows, None, spec), loss=0.02, weight=2e-3)
+        check_close(found[trial], alone(directory, rows, None, spec, place), loss=0.02, weight=2e-3)
 
 
 def test_validation_is_at_the_end_of_each_epoch_and_at_the_end(
@@ -346,17 +351,24 @@ def broken_lane(group: PackedGroup, trial: str, value: float) -> None:
                 parameter.fill_(value)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize(
+    ("architecture", "value", "dtype"),
+    [
+        *itertools.product(["llama", "gemma2"], [math.nan, math.inf, 1e30], ["float32"]),
+        ("llama", math.nan, "bfloat16"),  # another attention, on a GPU
+    ],
+)
 def test_a_trial_that_diverges_dies_alone(
-    tiny_model: Models, alike_rows: Any, validation_rows: Any, architecture: str, value: float
+    tiny_model: Models, alike_rows: Any, validation_rows: Any, place: Place, architecture: str, value: float, dtype: str
 ) -> None:
     """The others go on to the last bit as beside a sound trial that is closed after the same step."""
     names, results = ("plain", "bad", "rank", "dropout"), []
     for breaks in (False, True):
-        group = group_of(tiny_model(architecture), alike_rows, validation_rows)
+        group = group_of(tiny_model(architecture), alike_rows, validation_rows, place=place, dtype=DTYPES[dtype])
         for name in names:
-            group.open(name, MIXED.get(name) or made_spec(train__seed=3, train__learning_rate=7e-3))
+            spec = MIXED.get(name) or made_spec(train__seed=3, train__learning_rate=7e-3)
+            train = spec.train.model_copy(update={"dtype": dtype})
+            group.open(name, spec.model_copy(update={"train": train}))
         found = follow(group, {}, steps=2)
         if breaks:
             broken_lane(group, "bad", value)
@@ -444,20 +456,20 @@ SNAPPED = {name: MIXED[name] for name in ("plain", "rank", "batch", "dropout", "
 
 @pytest.mark.parametrize("done", [0, 1, 2, 4, 7])
 def test_a_group_goes_on_from_a_snapshot_to_the_last_digit(
-    tiny_model: Models, rows: Any, validation_rows: Any, tmp_path: Path, done: int
+    tiny_model: Models, rows: Any, validation_rows: Any, place: Place, tmp_path: Path, done: int
 ) -> None:
     """With trials that ride together, wait for a lane, have finished, and come after it."""
     directory, results = tiny_model("llama"), []
     for killed in (False, True):
-        group = group_of(directory, rows, validation_rows, lanes=6)
+        group = group_of(directory, rows, validation_rows, lanes=6, place=place)
         for trial, spec in SNAPPED.items():
             group.open(trial, spec)
         found = follow(group, {}, steps=done)
         if killed:
-            group.snapshot(tmp_path)
+            snapshots.write(tmp_path, group.snapshot())
             before = copy.deepcopy((group.steps, group.finished, group.computed, group.alone))
             group.step()  # is lost
-            group = group_of(directory, rows, validation_rows, lanes=6)
+            group = group_of(directory, rows, validation_rows, lanes=6, place=place)
             assert group.restore(tmp_path)
             assert (group.steps, group.finished, group.computed, group.alone) == before
         if group.free:
@@ -487,7 +499,7 @@ def test_how_rows_are_cut_is_part_of_a_snapshot(
     group = group_of(directory, rows)
     group.open("a", MIXED["plain"])
     group.step()
-    group.snapshot(tmp_path)
+    snapshots.write(tmp_path, group.snapshot())
     monkeypatch.setattr(module, "agreed_micro_batch_tokens", lambda *a: 300)
     again = group_of(directory, rows)
     assert again.restore(tmp_path)
@@ -509,7 +521,7 @@ def test_a_snapshot_that_was_cut_off_leaves_the_one_before(
     group = group_of(directory, rows)
     group.open("a", MIXED["plain"])
     group.step()
-    group.snapshot(tmp_path)
+    snapshots.write(tmp_path, group.snapshot())
     group.step()
 
     class Killed(Exception):
@@ -530,18 +542,18 @@ def test_a_snapshot_that_was_cut_off_leaves_the_one_before(
         with monkeypatch.context() as patched:
             patched.setattr(owner, operation, replacement)
             with pytest.raises(Killed):
-                group.snapshot(tmp_path)
+                snapshots.write(tmp_path, group.snapshot())
         again = group_of(directory, rows)
         assert again.restore(tmp_path)
         assert again.steps == {"a": 1}
     with monkeypatch.context() as patched:
         patched.setattr(Path, "unlink", dies)
         with pytest.raises(Killed):
-            group.snapshot(tmp_path)
+            snapshots.write(tmp_path, group.snapshot())
     again = group_of(directory, rows)
     assert again.restore(tmp_path)
     assert again.steps == {"a": 2}
-    group.snapshot(tmp_path)
+    snapshots.write(tmp_path, group.snapshot())
     assert len(list(tmp_path.iterdir())) == 2  # what was cut off is swept up
 
 
@@ -578,7 +590,8 @@ def test_two_workers_go_on_from_a_snapshot(tiny_model: Models, rows: Any, as_ran
         for trial, spec in specs.items():
             group.open(trial, spec)
         halfway = follow(group, {}, steps=3)
-        group.snapshot(tmp_path)
+        if place.rank == 0:
+            snapshots.write(tmp_path, group.snapshot())
         place.gathered(0)  # rank 0 has written
         again = group_of(directory, rows, place=place)
         assert again.restore(tmp_path)

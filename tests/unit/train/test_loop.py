@@ -29,8 +29,10 @@ SPEC = TrainSpec(dtype="float32", learning_rate=1e-2, batch_size=4, epochs=2)
 Made = Callable[..., Any]
 
 
-def model_of(directory: Path, dropout: float = 0.0, plain: bool = False) -> tuple[Any, dict[str, torch.nn.Parameter]]:
-    model = load_model(directory, dtype=torch.float32, plain=plain)
+def model_of(
+    directory: Path, dropout: float = 0.0, plain: bool = False, device: str = "cpu"
+) -> tuple[Any, dict[str, torch.nn.Parameter]]:
+    model = load_model(directory, dtype=torch.float32, plain=plain, device=device)
     add_adapter(model, SLOT, LoraShape(4, 8.0, dropout), seed=0)
     parameters = adapter_parameters(model, SLOT)
     for parameter in parameters.values():
@@ -40,8 +42,8 @@ def model_of(directory: Path, dropout: float = 0.0, plain: bool = False) -> tupl
 
 def trained(directory: Path, rows: Any, **options: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of the steps and the weights at the end."""
-    dropout, plain = options.pop("dropout", 0.0), options.pop("plain", False)
-    model, parameters = model_of(directory, dropout, plain)
+    dropout, plain, device = options.pop("dropout", 0.0), options.pop("plain", False), options.pop("device", "cpu")
+    model, parameters = model_of(directory, dropout, plain, device)
     batches = Batches(rows.lengths, **{"batch_size": 4, "epochs": 2, "seed": 0} | options)
     losses: list[float] = []
     train(
@@ -53,8 +55,9 @@ def trained(directory: Path, rows: Any, **options: Any) -> tuple[list[float], di
         seed=0,
         progress=Progress(0, batches.total_steps),
         hooks=Hooks(on_step=lambda progress: losses.append(progress.loss)),
+        device=device,
     )
-    return losses, {name: p.detach().clone() for name, p in parameters.items()}
+    return losses, {name: p.detach().cpu().clone() for name, p in parameters.items()}
 
 
 # --- what is learned ------------------------------------------------------------------------------------------------
