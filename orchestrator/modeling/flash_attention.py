@@ -123,7 +123,7 @@ class FlashAttention(torch.autograd.Function):
         return layout.joined(*gradients), None, None, None
 
 
-# torch.nn.attention.varlen has the same kernels since 2.10, but neither its scale nor several keys a query head until later
+# Called by their own names: `torch.nn.attention.varlen`, which wraps them, is newer than the oldest torch that we allow
 
 
 def _attend(
