@@ -143,12 +143,13 @@ def entered(config: dict[str, Any], began: float) -> Iterator[Session]:
     import torch
 
     from jobs.train.session import Session
-    from jobs.train.setup import Place, give_way, use_threads
+    from jobs.train.setup import Place, give_way, pass_over_what_stays, use_threads
 
     imported = time.time()
     if not config["gpus"]:  # else its threads have little to do but keep a GPU busy
         give_way()
     use_threads(config["cpus"])
+    pass_over_what_stays()
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     store, run, attempt = Store(config["store"]), config["run"], config["attempt"]

@@ -253,8 +253,14 @@ class Store:
 
     # published directories
 
-    def publish(self, prefix: str, directory: Path, metadata: dict[str, Any] | None = None) -> Manifest:
-        """Copy every file of `directory` to `prefix`, then its manifest. Until then readers see nothing there."""
+    def publish(
+        self, prefix: str, directory: Path, metadata: dict[str, Any] | None = None, *, move: bool = False
+    ) -> Manifest:
+        """Copy every file of `directory` to `prefix`, then its manifest. Until then readers see nothing there.
+
+        Args:
+            move: the files may go from `directory`, whatever comes of it: on the same disk nothing is written twice.
+        """
         names = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
         files = {
             name: ManifestFile(size=(directory / name).stat().st_size, sha256=sha256_file(directory / name))
@@ -263,7 +269,7 @@ class Store:
         }
         manifest = Manifest(files=files, metadata=metadata or {})
         for name in files:
-            self._upload(directory / name, f"{prefix}/{name}")
+            self._upload(directory / name, f"{prefix}/{name}", move=move)
         self._write_manifest(prefix, manifest)
         return manifest
 
@@ -312,11 +318,11 @@ class Store:
     def _write_manifest(self, prefix: str, manifest: Manifest) -> None:
         self.write(f"{prefix}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
 
-    def _upload(self, local: Path, path: str) -> None:
+    def _upload(self, local: Path, path: str, *, move: bool = False) -> None:
         target = self.full(path)
         with self._explained(path):
             if self.local:
-                _copy_local(local, Path(target))
+                _copy_local(local, Path(target), move=move)
             else:
                 self.fs.put_file(str(local), target)
 
@@ -443,6 +449,13 @@ def _write_local(target: Path, data: bytes) -> None:
         partial.write_bytes(data)
 
 
-def _copy_local(source: Path, target: Path) -> None:
+def _copy_local(source: Path, target: Path, *, move: bool = False) -> None:
     with _replacing(target) as partial:
+        if move:
+            try:
+                source.replace(partial)
+                return
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
         shutil.copyfile(source, partial)

@@ -9,18 +9,24 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from jobs.sweep import snapshots
 from jobs.sweep.broker import PEERS, RUNG, Config, Orders, Report
 from jobs.sweep.packed import PackedGroup
 from jobs.sweep.reports import TrialReport
+from jobs.sweep.snapshots import Snapshot
+from jobs.train.background import Background
 from jobs.train.exhausted import explained_exhaustion
 from jobs.train.fence import check_still_ours
 from jobs.train.session import Session
-from orchestrator.errors import AdaptoryError, CorruptObject, NoFreeLane, ObjectMissing
+from orchestrator.errors import AdaptoryError, CorruptObject, NoFreeLane, ObjectMissing, Superseded
 from orchestrator.modeling.base_model import BaseModel
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.sweep import trial_spec, trunk_warmup
 from orchestrator.store import checkpoint_path, checkpoints_path, trial_path
 
+SNAPSHOT_SECONDS = 60.0
+SNAPSHOT_PAUSES = 20
+"""Times as long as writing a snapshot took are none written: the disk is others' too."""
 UNCLAIMED_SECONDS = 60.0
 """For which a course that was restored waits for its trial: Tune may have stopped it before the group died."""
 
@@ -36,6 +42,7 @@ class Courses:
         self._waiting: dict[str, Config] = {}
         self._unclaimed: set[str] = set()
         self._began, self._number = time.monotonic(), 0
+        self._writing = Background()
         self.history: dict[str, list[Report]] = {}
         self.fresh: dict[str, list[Report]] = {}
         """What the broker has not been told."""
@@ -164,9 +171,15 @@ class Courses:
 
     # snapshots
 
+    @property
+    def save_due(self) -> bool:
+        """Once a minute, and of what takes long more seldom. Rank 0 says it for all."""
+        pause = max(SNAPSHOT_SECONDS, SNAPSHOT_PAUSES * self._writing.seconds)
+        return not self._writing.busy and time.monotonic() - self._writing.ended_at > pause
+
     def save(self) -> None:
-        """All courses as they are between two steps, beside the snapshot before; older ones go. Where the store cannot take it, the
-        snapshot before is still there, and training goes on.
+        """All courses as they are between two steps, beside the snapshot before; older ones go. It is written while training goes on;
+        where the store cannot take it, the snapshot before is still there.
 
         Raises:
             Superseded: a newer attempt owns the run.
@@ -176,14 +189,34 @@ class Courses:
         if session.place.rank:
             return
         check_still_ours(session.store, run, session.attempt)
-        path = checkpoint_path(run, self._number)
+        snapshot, number = self._group.snapshot(), self._number
+        history = {trial: list(reports) for trial, reports in self.history.items()}
+        self._writing.start(lambda: self._write(number, snapshot, history))
+
+    def saved(self) -> None:
+        """Once a snapshot that is under way is written.
+
+        Raises:
+            Superseded: a newer attempt owns the run.
+        """
+        self._writing.wait()
+
+    def _write(self, number: int, snapshot: Snapshot, history: dict[str, list[Report]]) -> None:
+        session, run = self._session, self._session.resolved.run
+        path = checkpoint_path(run, number)
         try:
-            with explained_exhaustion("saving"), tempfile.TemporaryDirectory(prefix="adaptory-") as folder:
-                self._group.snapshot(Path(folder))
-                session.store.publish(path, Path(folder), {"history": self.history})
+            with (
+                explained_exhaustion("saving"),
+                tempfile.TemporaryDirectory(prefix="adaptory-", dir=session.cache) as folder,
+            ):
+                snapshots.write(Path(folder), snapshot)
+                check_still_ours(session.store, run, session.attempt)
+                session.store.publish(path, Path(folder), {"history": history}, move=True)
             for name in session.store.children(checkpoints_path(run)):
-                if int(name) < self._number - 1:
+                if int(name) < number - 1:
                     session.store.delete(f"{checkpoints_path(run)}/{name}")
+        except Superseded:
+            raise
         except (AdaptoryError, OSError) as error:
             session.say("message", f"A snapshot could not be saved; the sweep goes on: {error}", level="warn")
             with contextlib.suppress(AdaptoryError):  # what it left is room for the next one

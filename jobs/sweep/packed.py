@@ -17,6 +17,7 @@ from jobs.sweep.lane import Held, Lane
 from jobs.sweep.lanes import Lanes
 from jobs.sweep.passes import joint_passes, run
 from jobs.sweep.reports import Compute, TrialReport, TrialState
+from jobs.sweep.snapshots import Snapshot
 from jobs.train.artifact import write_trained_adapter
 from jobs.train.setup import Place, agreed_micro_batch_tokens
 from jobs.train.steps import Progress, diverged, take_step
@@ -254,14 +255,8 @@ class PackedGroup:
 
     # --- snapshots
 
-    def snapshot(self, directory: Path) -> None:
-        """Write everything between two steps to `directory`, in place of the snapshot that is there; rank 0 does.
-
-        Raises:
-            OSError: the disk is full, say; the snapshot before is still there.
-        """
-        if self._place.rank:
-            return
+    def snapshot(self) -> Snapshot:
+        """Everything as it is between two steps, in copies that later steps leave alone."""
         tensors: dict[str, Tensor] = {}
         lanes = []
         for number, held in enumerate([*(lane.held() for lane in self._lanes), *self._lanes.waiting]):
@@ -275,7 +270,7 @@ class PackedGroup:
             tensors |= {f"finished/{trial}/{name}": value for name, value in one.adapter.items()}
             finished[trial] = {"step": one.step, "tuning": one.tuning.model_dump(mode="json")}
         counted = {"computed": asdict(self.computed), "alone": asdict(self.alone), "auto_tokens": self._auto_tokens}
-        snapshots.write(directory, {**counted, "lanes": lanes, "finished": finished}, tensors)
+        return Snapshot({**counted, "lanes": lanes, "finished": finished}, tensors)
 
     def restore(self, directory: Path) -> bool:
         """Go on from a snapshot, in a group that has opened no trial yet; False where there is none. In fp32, on the same
@@ -284,7 +279,7 @@ class PackedGroup:
         found = snapshots.read(directory)
         if found is None:
             return False
-        facts, tensors = found
+        facts, tensors = found.facts, found.tensors
         self.computed, self.alone = Compute(**facts["computed"]), Compute(**facts["alone"])
         self._auto_tokens = facts["auto_tokens"]
         for number, lane in enumerate(facts["lanes"]):

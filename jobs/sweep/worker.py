@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ from orchestrator.store import trial_path
 
 log = logging.getLogger(__name__)
 
-SNAPSHOT_SECONDS = 60.0
 IDLE_SECONDS = 1.0
 """Between looks at what a person wants, of a group without trials."""
 LANES = 8
@@ -74,8 +72,10 @@ def _run(session: Session, control: Control | None, broker: Any) -> RunResult:
         courses.restore()
     with session.phase("training"):
         end = _train(session, control, broker, courses)
+        if end == "pause":
+            courses.save()
+        courses.saved()
     if end == "pause":
-        courses.save()
         return session.result(RunState.PAUSED)
     if isinstance(end, str):
         return session.result(RunState.CANCELLED)
@@ -87,7 +87,7 @@ def _run(session: Session, control: Control | None, broker: Any) -> RunResult:
 
 def _train(session: Session, control: Control | None, broker: Any, courses: Courses) -> Orders | str:
     """Until nobody will come any more, or a person wants something else: `pause` or `cancel`."""
-    place, saved_at = session.place, time.monotonic()
+    place = session.place
     moved: dict[str, Report] = {}
     if place.rank == 0:
         ray.get(broker.hello.remote())
@@ -96,8 +96,7 @@ def _train(session: Session, control: Control | None, broker: Any, courses: Cour
         if place.rank == 0:
             patience = 0.0 if courses.busy else IDLE_SECONDS
             came: Any = ray.get(broker.sync.remote(courses.fresh, moved, patience))
-            due = time.monotonic() - saved_at > SNAPSHOT_SECONDS
-            said = {"wish": control.wish if control else None, "orders": asdict(came), "save": due}
+            said = {"wish": control.wish if control else None, "orders": asdict(came), "save": courses.save_due}
             said["unclaimed"] = courses.unclaimed_for_long
         said = place.told(said)
         courses.fresh, orders = {}, Orders(**said["orders"])
@@ -111,7 +110,6 @@ def _train(session: Session, control: Control | None, broker: Any, courses: Cour
         moved = courses.step() if courses.busy else {}
         if said["save"]:
             courses.save()
-            saved_at = time.monotonic()
 
 
 def _crown(

@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from jobs.train.background import Background
 from jobs.train.engines import State
 from jobs.train.exhausted import explained_exhaustion
 from jobs.train.fence import check_still_ours
 from jobs.train.setup import Place
-from orchestrator.errors import AdaptoryError, CorruptObject, ObjectMissing, StoreError, Superseded
+from orchestrator.errors import CorruptObject, ObjectMissing, StoreError, Superseded
 from orchestrator.spec.job import CheckpointSpec
 from orchestrator.store import Store, checkpoint_path, checkpoints_path
 
@@ -45,8 +45,7 @@ class Checkpoints:
         report: Callable[..., None] = lambda *a, **k: None,
     ):
         self._store, self._run, self._attempt, self._keep, self._report = store, run, attempt, keep, report
-        self._thread: threading.Thread | None = None
-        self._fatal: AdaptoryError | None = None
+        self._background = Background()
 
     def save(self, step: int, state: State, facts: dict[str, Any], *, wait: bool = False) -> None:
         """Publish the state after `step` steps.
@@ -58,25 +57,21 @@ class Checkpoints:
         Raises:
             Superseded: a newer attempt owns the run.
         """
-        self.wait()
-        self._thread = threading.Thread(target=self._publish, args=(step, state, facts), name="adaptory-checkpoint")
-        self._thread.start()
+        self._background.start(lambda: self._publish(step, state, facts))
         if wait:
             self.wait()
 
     def wait(self) -> None:
-        """Until the upload in flight is done."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
-        if self._fatal:
-            raise self._fatal
+        """Until the upload in flight is done.
+
+        Raises:
+            Superseded: a newer attempt owns the run.
+        """
+        self._background.wait()
 
     def finish(self) -> None:
         """Let an upload in flight end, whatever comes of it."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
+        self._background.finish()
 
     def latest(self) -> Found | None:
         """The newest complete and undamaged checkpoint."""
@@ -131,11 +126,11 @@ class Checkpoints:
             with explained_exhaustion("saving"), tempfile.TemporaryDirectory(prefix="adaptory-") as folder:
                 for kind in _KINDS:
                     save_file(state[kind], Path(folder) / f"{kind}.safetensors")
-                self._store.publish(checkpoint_path(self._run, step), Path(folder), {"step": step, **facts})
+                self._store.publish(checkpoint_path(self._run, step), Path(folder), {"step": step, **facts}, move=True)
             self._prune()
             self._report(f"Checkpoint {step} saved.", step=step)
-        except Superseded as error:
-            self._fatal = error
+        except Superseded:
+            raise
         except Exception as error:  # safetensors' own errors among them: whatever it is, training need not end
             self._report(f"Checkpoint {step} could not be saved; the run goes on: {error}", level="warn", step=step)
             self._sweep(step)

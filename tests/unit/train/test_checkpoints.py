@@ -123,7 +123,7 @@ def test_a_store_that_fails_in_the_middle_leaves_the_one_before(store: Store, mo
     saved.save(2, state(2.0), {}, wait=True)
     upload = store._upload
 
-    def second_fails(local: Path, path: str) -> None:
+    def second_fails(local: Path, path: str, **options: Any) -> None:
         if path.endswith("exp_avg.safetensors"):  # files go in the order of their names, so two are still to come
             raise StoreError("No space left on device")
         upload(local, path)

@@ -1,0 +1,61 @@
+"""Writing that training does not wait for."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from orchestrator.errors import Superseded
+
+
+class Background:
+    """One piece of work at a time, in a thread of its own. It deals with its errors itself, but for a newer attempt's claim."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._superseded: Superseded | None = None
+        self.seconds = 0.0
+        """That the last one took."""
+        self.ended_at = time.monotonic()
+        """When it ended, by the monotonic clock; until there is one, when this was made."""
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, work: Callable[[], None]) -> None:
+        """After what is under way has ended.
+
+        Raises:
+            Superseded: a newer attempt owns the run.
+        """
+        self.wait()
+        self._thread = threading.Thread(target=self._run, args=(work,), name="adaptory-writing")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until what is under way has ended.
+
+        Raises:
+            Superseded: a newer attempt owns the run.
+        """
+        self.finish()
+        if self._superseded:
+            raise self._superseded
+
+    def finish(self) -> None:
+        """Let what is under way end, whatever comes of it."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self, work: Callable[[], None]) -> None:
+        began = time.monotonic()
+        try:
+            work()
+        except Superseded as error:
+            self._superseded = error
+        finally:
+            self.ended_at = time.monotonic()
+            self.seconds = self.ended_at - began
