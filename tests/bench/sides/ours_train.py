@@ -84,10 +84,11 @@ def main() -> None:
     parser.add_argument("--micro-batch-tokens", type=int, help="default: what a run takes")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
 
     rows, spec = Rows(options.rows), TrainSpec(learning_rate=options.learning_rate, schedule="constant", warmup=0.0)
-    use_threads(os.cpu_count() or 1)
+    use_threads(options.threads)
     model = load_model(options.model)
     tokens = options.micro_batch_tokens or micro_batch_tokens(spec, model, Place(), int(rows.lengths.max()))
     batches = InOrder(

@@ -103,7 +103,10 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--autocast", action="store_true", help="bf16 autocast, instead of plain bf16 weights")
+    parser.add_argument("--threads", type=int, help="default: torch's own")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     training = trainer(options)
     training.train()
     first, last = training.steps[options.warmup_steps - 1], training.steps[-1]
