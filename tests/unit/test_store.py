@@ -50,3 +50,15 @@ def test_a_full_disk_is_named_with_what_is_free_and_loses_nothing(
     small_disk.free()
     store.publish("adapters/two", directory)
     assert not list(small_disk.path.rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("on_the_same_disk", [True, False])
+def test_what_may_go_is_moved_and_read_back_whole(
+    small_disk: Any, directory: Path, tmp_path: Path, on_the_same_disk: bool
+) -> None:
+    store = Store(str((tmp_path if on_the_same_disk else small_disk.path) / "store"))
+    store.publish("checkpoints/1", directory, {"step": 1}, move=True)
+    assert (directory / "weights").exists() is not on_the_same_disk, "else it was written twice"
+    manifest = store.fetch("checkpoints/1", tmp_path / "back")
+    assert manifest.metadata == {"step": 1}
+    assert (tmp_path / "back" / "weights").read_bytes() == b"w" * 2**20

@@ -153,9 +153,9 @@ def test_uploads_do_not_hold_up_the_loop(store: Store, monkeypatch: pytest.Monke
     go = threading.Event()
     upload = store._upload
 
-    def held(local: Path, path: str) -> None:
+    def held(local: Path, path: str, **options: Any) -> None:
         assert go.wait(30)
-        upload(local, path)
+        upload(local, path, **options)
 
     monkeypatch.setattr(store, "_upload", held)
     saved = checkpoints(store)
