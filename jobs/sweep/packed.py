@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,7 @@ from jobs.sweep.course import Course, why_alone
 from jobs.sweep.lane import Held, Lane
 from jobs.sweep.lanes import Lanes
 from jobs.sweep.passes import joint_passes, run
+from jobs.sweep.planning import Pace
 from jobs.sweep.reports import Compute, TrialReport, TrialState
 from jobs.sweep.snapshots import Snapshot
 from jobs.train.artifact import write_trained_adapter
@@ -48,6 +50,7 @@ class PackedGroup:
         validation_rows: None or empty: no validation.
         tokens_at_once: most in one forward pass of a worker; micro-batches of several lanes that fit go together.
         lanes: most that are trained at once.
+        pace: decides how many of them go together; None: as many as fit.
     """
 
     def __init__(
@@ -59,10 +62,11 @@ class PackedGroup:
         *,
         tokens_at_once: int,
         lanes: int,
+        pace: Pace | None = None,
     ):
         self._network: Any = network  # a `Decoder`, or no trial is ever opened
         self._rows, self._validation_rows, self._place = rows, validation_rows, place
-        self._tokens_at_once = tokens_at_once
+        self._tokens_at_once, self.pace = tokens_at_once, pace
         # once for all trials and kept with a snapshot: what is free changes, and how rows are cut must not
         self._auto_tokens = min(tokens_at_once, agreed_micro_batch_tokens(TrainSpec(), network, place, rows.lengths))
         self._lanes = Lanes(cast(Decoder, network), lanes)
@@ -186,15 +190,27 @@ class PackedGroup:
         self._network.gradient_checkpointing = any(asked)
         totals = torch.zeros(len(self._lanes), 2, dtype=torch.float64)
         coming = [lane.micro_batches(number, self._rows, self._place) for number, lane in enumerate(self._lanes)]
-        for parts in joint_passes(coming, self._tokens_at_once):
-            for part, losses in zip(parts, run(self._network, parts, Tensor.backward), strict=True):
-                self._lanes.seated[part.lane].engine.collect()
-                loss = (losses * part.batch.token_weights).sum().item()
-                totals[part.lane] += torch.tensor([loss, part.batch.real_tokens], dtype=torch.float64)
+        with self._timed() as (most, passes):
+            for parts in joint_passes(coming, self._tokens_at_once, most):
+                for part, losses in zip(parts, run(self._network, parts, Tensor.backward), strict=True):
+                    self._lanes.seated[part.lane].engine.collect()
+                    loss = (losses * part.batch.token_weights).sum().item()
+                    totals[part.lane] += torch.tensor([loss, part.batch.real_tokens], dtype=torch.float64)
+                passes.append((len(parts), sum(part.batch.real_tokens for part in parts)))
         if self._place.workers > 1:
             self._sum_gradients()
             totals = self._place.all_reduce(totals)
         return totals.tolist()
+
+    @contextmanager
+    def _timed(self) -> Iterator[tuple[int | None, list[tuple[int, int]]]]:
+        """Most lanes in a pass of this step, the same on all ranks, and where its passes are counted."""
+        if self.pace is None or not len(self._lanes):
+            yield None, []
+            return
+        most = self._place.gathered(self.pace.together(len(self._lanes)))[0]
+        with self.pace.step(most) as passes:
+            yield most, passes
 
     def _sum_gradients(self) -> None:
         """Over the workers, of all lanes at once."""
@@ -270,6 +286,8 @@ class PackedGroup:
             tensors |= {f"finished/{trial}/{name}": value for name, value in one.adapter.items()}
             finished[trial] = {"step": one.step, "tuning": one.tuning.model_dump(mode="json")}
         counted = {"computed": asdict(self.computed), "alone": asdict(self.alone), "auto_tokens": self._auto_tokens}
+        if self.pace is not None:
+            counted |= {"pace": {"seen": list(self.pace.seen.items()), "limit": self.pace.limit}}
         return Snapshot({**counted, "lanes": lanes, "finished": finished}, tensors)
 
     def restore(self, directory: Path) -> bool:
@@ -282,6 +300,11 @@ class PackedGroup:
         facts, tensors = found.facts, found.tensors
         self.computed, self.alone = Compute(**facts["computed"]), Compute(**facts["alone"])
         self._auto_tokens = facts["auto_tokens"]
+        if self.pace is not None and "pace" in facts:
+            self.pace.seen, self.pace.limit = (
+                {n: list(seen) for n, seen in facts["pace"]["seen"]},
+                facts["pace"]["limit"],
+            )
         for number, lane in enumerate(facts["lanes"]):
             courses = [self._course(trial, JobSpec.model_validate(spec)) for trial, spec in lane["trials"].items()]
             state = {kind: _below(tensors, f"lane/{number}/{kind}/") for kind in ("weights", "exp_avg", "exp_avg_sq")}

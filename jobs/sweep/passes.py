@@ -28,7 +28,9 @@ class Part:
         return len(self.batch.ids)
 
 
-def joint_passes(lanes: Sequence[Sequence[Callable[[], Part]]], tokens: int) -> Iterator[list[Part]]:
+def joint_passes(
+    lanes: Sequence[Sequence[Callable[[], Part]]], tokens: int, most: int | None = None
+) -> Iterator[list[Part]]:
     """Which micro-batches go together: each lane's in their order, one of a lane in a pass.
 
     Lanes with the most still to come go first, or one of them would be left with nobody to go with.
@@ -36,6 +38,7 @@ def joint_passes(lanes: Sequence[Sequence[Callable[[], Part]]], tokens: int) -> 
     Args:
         lanes: what each has to compute; made when its turn comes.
         tokens: most in a pass; a micro-batch that is larger goes alone.
+        most: lanes in a pass.
     """
     coming = [list(reversed(parts)) for parts in lanes]
     heads = {number: parts.pop()() for number, parts in enumerate(coming) if parts}
@@ -43,6 +46,8 @@ def joint_passes(lanes: Sequence[Sequence[Callable[[], Part]]], tokens: int) -> 
         chosen: list[int] = []
         room = tokens
         for number in sorted(heads, key=lambda n: (-len(coming[n]), -heads[n].tokens, n)):
+            if most is not None and len(chosen) == most:
+                break
             if not chosen or heads[number].tokens <= room:
                 chosen.append(number)
                 room -= heads[number].tokens

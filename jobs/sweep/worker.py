@@ -15,6 +15,7 @@ from jobs.data import PreparedData
 from jobs.sweep.broker import Orders, Report
 from jobs.sweep.courses import Courses
 from jobs.sweep.packed import PackedGroup
+from jobs.sweep.planning import Pace, lanes
 from jobs.train.artifact import PUBLISHED, check_effect, load_adapter
 from jobs.train.control import Control
 from jobs.train.loop import mean_loss
@@ -33,8 +34,6 @@ log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0
 """Between looks at what a person wants, of a group without trials."""
-LANES = 8
-"""Where `sweep.max_concurrent` is auto. Nobody has measured yet how many are fastest."""
 SAME_LOSS = {"float32": 1e-4, "bfloat16": 1e-2}
 """By how much, relative to it, the winner's validation loss may differ when it is computed once more from its files."""
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
@@ -59,14 +58,14 @@ def _run(session: Session, control: Control | None, broker: Any) -> RunResult:
     base, tokenizer, data = load(session)
     with session.phase("building"), explained(base.path):
         network = load_network(spec, base, place, whole=True)
-        most = spec.sweep.max_concurrent
         group = PackedGroup(
             network,
             data.train,
             data.validation,
             place,
             tokens_at_once=TOKENS_AT_ONCE[place.device.type],
-            lanes=LANES if most == "auto" else most,
+            lanes=lanes(spec, network, place),
+            pace=Pace(),
         )
         courses = Courses(session, group, base, len(data.train))
         courses.restore()
@@ -82,7 +81,9 @@ def _run(session: Session, control: Control | None, broker: Any) -> RunResult:
     if end.error is not None:
         raise AdaptoryError.from_dict(end.error)
     assert end.best is not None
-    return _crown(session, end.best, SweepResult.model_validate(end.sweep), network, base, tokenizer, data)
+    assert group.pace is not None
+    sweep = SweepResult.model_validate(end.sweep).model_copy(update={"why": group.pace.why})
+    return _crown(session, end.best, sweep, network, base, tokenizer, data)
 
 
 def _train(session: Session, control: Control | None, broker: Any, courses: Courses) -> Orders | str:

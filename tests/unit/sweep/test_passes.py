@@ -16,9 +16,9 @@ def part(lane: int, place: int, tokens: int) -> Any:
     return SimpleNamespace(lane=lane, place=place, tokens=tokens)
 
 
-def passes(lanes: list[list[int]], tokens: int) -> list[list[Any]]:
+def passes(lanes: list[list[int]], tokens: int, most: int | None = None) -> list[list[Any]]:
     coming: Any = [[partial(part, n, place, size) for place, size in enumerate(sizes)] for n, sizes in enumerate(lanes)]
-    return list(joint_passes(coming, tokens))
+    return list(joint_passes(coming, tokens, most))
 
 
 @given(some.lists(some.lists(some.integers(1, 60), max_size=5), max_size=6), some.integers(1, 100))
@@ -41,6 +41,10 @@ def test_a_lane_with_much_to_come_is_not_left_alone() -> None:
 
 def test_small_ones_fill_what_large_ones_leave() -> None:
     assert [len(together) for together in passes([[70], [30], [60], [40]], 100)] == [2, 2]
+
+
+def test_no_more_lanes_go_together_than_are_asked_for() -> None:
+    assert [len(together) for together in passes([[10]] * 5, 100, 2)] == [2, 2, 1]
 
 
 def test_nothing_is_packed_before_its_turn() -> None:
