@@ -227,6 +227,8 @@ def show_end(run: Run, events: Iterable[Event] = ()) -> None:
                 ("check", f"adaptory adapters verify {short}"),
                 ("export", f"adaptory adapters export {short} --out ./{run.name}"),
             ]
+        if serve := run.spec.get("serve"):
+            rows.append(("ask", f"adaptory chat {run.tenant}/{serve['route']}"))
         curves = f"adaptory sweep plot {run.name} --out {run.name}" if run.sweeps else f"adaptory runs plot {run.name}"
         out.print(fields([*rows, ("curves", curves)]))
     else:

@@ -32,6 +32,7 @@ from orchestrator.runs.repository import transition
 from orchestrator.runs.result import RunResult, heard
 from orchestrator.runs.run import AdapterRecord, Attempt, Run
 from orchestrator.runs.segments import list_segments, read_segment
+from orchestrator.runs.serving import serve
 from orchestrator.runs.states import RunState
 from orchestrator.store import Store, adapter_path, result_path
 
@@ -108,11 +109,13 @@ def _reconcile(
     result = _read_result(store, attempt)
     if attempt.number != run.attempt or run.settled:  # decided; what remains is that the job ends
         if job is not None and job.over:
+            if attempt.number == run.attempt and run.state is RunState.SUCCEEDED and run.result is not None:
+                serve(db, run, run.result)  # if the pass that finished it was killed
             repository.end_attempt(db, attempt)
         elif attempt.number != run.attempt or run.state is RunState.CANCELLED:
             stop(store, jobs, attempt)
     elif isinstance(result, RunResult):
-        _finish(db, store, keys, run, result, end_attempt=job is not None and job.over)
+        _finish(db, store, keys, run, attempt, result, over=job is not None and job.over)
     elif job is None or jobs is None or not job.over:
         return  # nothing new, or nobody to ask
     elif job.status is None and run.state is not RunState.RUNNING:
@@ -120,7 +123,7 @@ def _reconcile(
     elif job.status is JobStatus.STOPPED:
         transition(db, run, RunState.CANCELLED, message="Ray stopped the job.", end_attempt=True)
     elif (printed := _printed_result(jobs, attempt, job)) is not None:
-        _finish(db, store, keys, run, printed, end_attempt=True)
+        _finish(db, store, keys, run, attempt, printed, over=True)
     else:
         error = _without_result(jobs, run, job, result)
         message = error.message.splitlines()[0]
@@ -220,18 +223,21 @@ def _is_end(result: RunResult) -> bool:
     return result.state.final or result.state is RunState.PAUSED
 
 
-def _finish(db: Database, store: Store, keys: Keys, run: Run, result: RunResult, *, end_attempt: bool) -> None:
+def _finish(
+    db: Database, store: Store, keys: Keys, run: Run, attempt: Attempt, result: RunResult, *, over: bool
+) -> None:
     finished = result.finished_at if result.state.final else None
     published = result.adapter if result.state is RunState.SUCCEEDED else None
     problem = _sign(db, store, keys, published) if published else None
     message = f"The run {result.state.words}." if result.error is None else str(result.error.get("message"))
-    transition(
+    serves = published is not None and run.spec.get("serve") is not None
+    run = transition(
         db,
         run,
         result.state,
         message=f"{message} Its adapter cannot be used: {problem}" if problem else message,
         level="error" if problem or result.state is RunState.FAILED else "info",
-        end_attempt=end_attempt,
+        end_attempt=over and not serves,
         record=_adapter_record(store, run, result) if published else None,
         register=problem is None,
         result=result.model_dump(mode="json"),
@@ -239,6 +245,10 @@ def _finish(db: Database, store: Store, keys: Keys, run: Run, result: RunResult,
         finished_at=finished,
         adapter=result.adapter,
     )
+    if serves:
+        serve(db, run, result)
+        if over:
+            repository.end_attempt(db, attempt)
 
 
 def _sign(db: Database, store: Store, keys: Keys, digest: str) -> str | None:

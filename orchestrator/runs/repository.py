@@ -252,6 +252,18 @@ def list_events(db: Database, run_id: str, *, after: str | None = None, limit: i
         ]
 
 
+def note(db: Database, run: Run, step: str, message: str, level: Literal["info", "warn", "error"] = "info") -> None:
+    """An event of the control plane's own, one per attempt and step: what was said first stands."""
+    with db.write() as session:
+        _say(session, run, step, message, level)
+
+
+def noted(db: Database, run: Run, step: str) -> bool:
+    with db.read() as session:
+        query = select(EventRow.event_id).where(EventRow.run_id == run.id, EventRow.event_id == _control(run, step))
+        return session.scalar(query) is not None
+
+
 def began_at(db: Database, run: Run) -> float | None:
     """When the present attempt's job said that it is running; None when it has not."""
     query = select(EventRow).where(
@@ -326,9 +338,17 @@ def _attempt(run: Run | RunRow, now: float) -> AttemptRow:
 
 
 def _note(session: Session, run: Run | RunRow, message: str, level: Literal["info", "warn", "error"] = "info") -> None:
-    """An event of the control plane's own; its id makes it one per attempt and state."""
-    event_id, data = f"a{run.attempt}-control-{run.state.value}", {"state": run.state.value}
-    event = Event(id=event_id, created_at=time.time(), type="state", level=level, message=message, data=data)
+    """An event of the control plane's own, one per attempt and state."""
+    _say(session, run, run.state.value, message, level)
+
+
+def _control(run: Run | RunRow, step: str) -> str:
+    return f"a{run.attempt}-control-{step}"
+
+
+def _say(session: Session, run: Run | RunRow, step: str, message: str, level: Literal["info", "warn", "error"]) -> None:
+    data = {"state": run.state.value}
+    event = Event(id=_control(run, step), created_at=time.time(), type="state", level=level, message=message, data=data)
     session.execute(insert_or_ignore(session, EventRow), [_event_values(run.id, event)])
 
 

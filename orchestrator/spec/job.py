@@ -180,6 +180,17 @@ class EvaluateSpec(SpecModel):
     """Use at most this many test rows (the first ones)."""
 
 
+class ServeSpec(SpecModel):
+    route: Annotated[str, Field(pattern=NAME_PATTERN)]
+    """Public name within the tenant: clients ask for the model `TENANT/ROUTE`. One that is there keeps what else it says."""
+
+    alias: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$")] = "production"
+    """The adapter's version gets it, and the route names it."""
+
+    fallback: Literal["none", "base", "previous"] = "none"
+    """Who answers when the adapter cannot."""
+
+
 class JobSpec(SpecModel):
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     """Unique among the tenant's runs: lower-case letters, digits and dashes, at most 63."""
@@ -203,10 +214,15 @@ class JobSpec(SpecModel):
     sweep: SweepSpec | None = None
     """Try many settings of the same fine-tune and keep the best; without it a run is one fine-tune."""
 
+    serve: ServeSpec | None = None
+    """Put the adapter behind a route when the run has succeeded, unless it answers `data.test` worse than the base model."""
+
     @model_validator(mode="after")
     def _fits_together(self) -> JobSpec:
         if self.tuning.type == "qlora" and self.deepspeed.stage == 3 and self.resources.workers > 1:
             raise ValueError("tuning.type qlora with deepspeed.stage 3 is refused until it is proven; use stage 1 or 2")
+        if self.serve and self.tuning.type == "full":
+            raise ValueError("serve needs an adapter, and tuning.type full makes none; use lora or qlora")
         if self.evaluate and self.data.test is None:
             raise ValueError("evaluate needs data.test: rows that training never sees")
         if self.sweep is not None:
