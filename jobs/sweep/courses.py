@@ -14,11 +14,19 @@ from jobs.sweep.broker import PEERS, RUNG, Config, Orders, Report
 from jobs.sweep.packed import PackedGroup
 from jobs.sweep.reports import TrialReport
 from jobs.sweep.snapshots import Snapshot
-from jobs.train.background import Background
+from jobs.train.background import Background, patiently
 from jobs.train.exhausted import explained_exhaustion
 from jobs.train.fence import check_still_ours
 from jobs.train.session import Session
-from orchestrator.errors import AdaptoryError, CorruptObject, NoFreeLane, ObjectMissing, Superseded
+from orchestrator.errors import (
+    AdaptoryError,
+    CorruptObject,
+    ModelError,
+    NoFreeLane,
+    ObjectMissing,
+    Superseded,
+    TrialRunsAlone,
+)
 from orchestrator.modeling.base_model import BaseModel
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.sweep import trial_spec, trunk_warmup
@@ -27,6 +35,8 @@ from orchestrator.store import checkpoint_path, checkpoints_path, trial_path
 SNAPSHOT_SECONDS = 60.0
 SNAPSHOT_PAUSES = 20
 """Times as long as writing a snapshot took are none written: the disk is others' too."""
+KEEP_SECONDS = 120.0
+"""That a finished trial waits for a store that does not take it; all others wait with it."""
 UNCLAIMED_SECONDS = 60.0
 """For which a course that was restored waits for its trial: Tune may have stopped it before the group died."""
 
@@ -95,8 +105,12 @@ class Courses:
                 self._group.open(trial, self._spec(config))
             except NoFreeLane:
                 continue  # another one may ride a lane that is there
+            except (ModelError, TrialRunsAlone) as error:
+                self.history[trial] = [{"step": 0, "state": "failed", "error": error.to_dict()}]
+                self.fresh[trial] = list(self.history[trial])
+            else:
+                self._tell_of_the_way(trial)
             del self._waiting[trial]
-            self._tell_of_the_way(trial)
 
     def _tell_of_the_way(self, trial: str) -> None:
         """One that joins others late has come their way, and reports what they reported."""
@@ -144,14 +158,24 @@ class Courses:
         }  # fmt: skip
 
     def _keep(self, trial: str, said: Report) -> None:
-        """A finished trial's adapter, in the store: the group may die before the sweep ends."""
+        """A finished trial's adapter, in the store: the group may die before the sweep ends.
+
+        Raises:
+            StoreError: it was away, or full, for `KEEP_SECONDS`.
+        """
         session = self._session
-        if session.place.rank == 0 and not self._kept(trial):  # else a group before this one did
+
+        def publish() -> None:
+            if self._kept(trial):
+                return  # a group before this one did
             check_still_ours(session.store, session.resolved.run, session.attempt)
             with tempfile.TemporaryDirectory(prefix="adaptory-", dir=session.cache) as folder:
                 self._group.write_adapter(trial, Path(folder), self._base.loadable_name)
                 history = [*self.history.get(trial, []), said]
                 session.store.publish(trial_path(session.resolved.run, trial), Path(folder), {"history": history})
+
+        if session.place.rank == 0:
+            patiently(publish, KEEP_SECONDS, session.say)
         self._group.close(trial)
 
     def _ended(self, trial: str) -> bool:

@@ -1,12 +1,13 @@
-"""Writing that training does not wait for."""
+"""Writing that training does not wait for, and writing that does not give up at once."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
-from orchestrator.errors import Superseded
+from orchestrator.errors import StoreError, Superseded
 
 
 class Background:
@@ -59,3 +60,24 @@ class Background:
         finally:
             self.ended_at = time.monotonic()
             self.seconds = self.ended_at - began
+
+
+def patiently(work: Callable[[], None], seconds: float, say: Callable[..., Any]) -> None:
+    """Do work that may be done again, once the store takes it.
+
+    Args:
+        say: told why it has to wait, as `Session.say`.
+
+    Raises:
+        StoreError: after so many seconds it still does not.
+    """
+    deadline, pause = time.monotonic() + seconds, 1.0
+    while True:
+        try:
+            return work()
+        except StoreError as error:
+            if time.monotonic() + pause > deadline:
+                raise
+            say("message", f"{error.message} It is tried again in {pause:.0f} s.", level="warn")
+        time.sleep(pause)
+        pause = min(2 * pause, 15.0)

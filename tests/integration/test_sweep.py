@@ -202,6 +202,16 @@ def test_a_budget_that_is_spent_ends_what_is_under_way(make_job: Any, start: Any
     assert set(last.values()) == {"the budget of 1,000 tokens is spent"}
 
 
+def test_one_that_does_not_fit_the_model_fails_alone(make_job: Any, start: Any) -> None:
+    search = {"targets": {"choice": [["q_proj"], ["nowhere"]]}}
+    sweep = trials(start(make_job(sweep={"search": search, "scheduler": "none"})).end())
+    by_targets = {one.config["tuning.targets"][0]: one for one in sweep.trials}
+    assert by_targets["q_proj"].state is TrialState.FINISHED
+    assert by_targets["nowhere"].state is TrialState.FAILED
+    assert "nowhere" in by_targets["nowhere"].message
+    assert sweep.winner is by_targets["q_proj"]
+
+
 def test_all_diverge(make_job: Any, start: Any) -> None:
     search = {"search": {"learning_rate": {"grid": [80.0, 90.0]}}, "searcher": "grid"}
     result = start(make_job(sweep=search, train={"max_grad_norm": None, "epochs": 20})).end()
