@@ -13,7 +13,8 @@ compares trials at the end of their epochs. Every side begins without Ray and en
 The usual ways have as many trials at once as are fastest: one with all cores, or as many as there are cores with one each, tried
 first. The last line is `sweep_vs_tune ratio=… loop_ratio=… …`: TRL's makespan over ours, our loop's over ours.
 
-About 40 minutes on two idle cores, once the model, the data and TRL's environment are there.
+About an hour on two idle cores, once the model, the data and TRL's environment are there; 25 minutes with `ARGS=--brief`, which leaves
+out what shows each gain for itself.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ LANES = (1, 2, 4, 8)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", type=int, default=len(RATES), help="how many of the learning rates")
-    parser.add_argument("--only-ours", action="store_true", help="neither TRL nor our loop under Tune")
+    parser.add_argument("--brief", action="store_true", help="only what the two ratios need")
     options = parser.parse_args()
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
@@ -58,19 +59,16 @@ def main() -> None:
         print(f"{count} packed: {found['tokens_per_second']:.0f} tokens/s, {found['peak_rss_mb']:.0f} MB", flush=True)
     memory = lanes[-1]["peak_rss_mb"] / lanes[0]["peak_rss_mb"]
 
-    plain = {"train.schedule": "linear", "sweep.scheduler": "none"}
-    ours = {
-        "packing": sweep(spec, "packing", plain),
-        "early": sweep(spec, "early", {"train.schedule": "linear"}),
-        "all": sweep(spec, "all", {}),
-    }
-    if options.only_ours:
-        return
+    ours = {"all": sweep(spec, "all", {})}
     loop_case, _ = placed(case, "ours_train.py", sys.executable, [{}])
-    alone = measure(sys.executable, "tune_ours.py", {"case": loop_case}, patience=3600)
     stopped = measure(sys.executable, "tune_ours.py", {"case": loop_case, "early": True}, patience=3600)
-    say_tune("our loop, nobody stopped", alone)
     say_tune("our loop", stopped)
+    alone: Result | None = None
+    if not options.brief:
+        alone = measure(sys.executable, "tune_ours.py", {"case": loop_case}, patience=3600)
+        say_tune("our loop, nobody stopped", alone)
+        plain = {"train.schedule": "linear", "sweep.scheduler": "none"}
+        ours |= {"packing": sweep(spec, "packing", plain), "early": sweep(spec, "early", {"train.schedule": "linear"})}
     modes = [{"mode": "packed", "micro-batch": 1, "pack-length": length} for length in PACK_LENGTHS]
     trl_case, mode = placed(case, "trl_train.py", trl_python, modes)
     rewritten(trl_case, pack_length=mode["pack-length"])
@@ -80,26 +78,22 @@ def main() -> None:
 
 
 def report(
-    ours: dict[str, Result], alone: Result, stopped: Result, trl: Result, case: dict[str, Any], memory: float
+    ours: dict[str, Result], alone: Result | None, stopped: Result, trl: Result, case: dict[str, Any], memory: float
 ) -> None:
     seconds = {round(trial["epoch"]): trial["seconds"] for trial in trl["trials"]}
-    all_trl, unstopped_trl = (
-        trl["start"] + one_after_another([seconds[round(t["epoch"])] for t in run["trials"]], case["places"])
-        for run in (stopped, alone)
-    )
-    print(f"TRL's 24 trials, put together from three: {all_trl:.0f} s; with none stopped {unstopped_trl:.0f} s")
+    theirs = trl["start"] + one_after_another([seconds[round(t["epoch"])] for t in stopped["trials"]], case["places"])
+    print(f"TRL's {len(stopped['trials'])} trials, put together from three: {theirs:.0f} s")
     best = min(stopped["trials"], key=lambda t: t["validation_loss"] if t["finished"] else float("inf"))
-    ours_best = ours["all"]["value"]
-    print(f"winner's validation loss: ours {ours_best:.4f}, our loop under Tune {best['validation_loss']:.4f} "
+    loss, mine = ours["all"]["value"], ours["all"]["makespan"]
+    print(f"winner's validation loss: ours {loss:.4f}, our loop under Tune {best['validation_loss']:.4f} "
           f"(learning rate {best['learning_rate']:g}, {best['epochs']} epochs)")  # fmt: skip
-    mine = ours["all"]["makespan"]
+    gains = ""
+    if alone is not None:
+        runs = {"packing": "packing", "packing_early": "early", "packing_early_trunks": "all"}
+        gains = " ".join(f"{name}={alone['makespan'] / ours[run]['makespan']:.2f}" for name, run in runs.items()) + " "
     print(
-        f"sweep_vs_tune ratio={all_trl / mine:.2f} loop_ratio={stopped['makespan'] / mine:.2f} "
-        f"ours={mine:.0f} trl={all_trl:.0f} loop={stopped['makespan']:.0f} "
-        f"packing={alone['makespan'] / ours['packing']['makespan']:.2f} "
-        f"packing_early={alone['makespan'] / ours['early']['makespan']:.2f} "
-        f"packing_early_trunks={alone['makespan'] / mine:.2f} "
-        f"winner_loss={ours_best / best['validation_loss'] - 1:+.2%} memory_of_8={memory:.2f}"
+        f"sweep_vs_tune ratio={theirs / mine:.2f} loop_ratio={stopped['makespan'] / mine:.2f} ours={mine:.0f} trl={theirs:.0f} "
+        f"loop={stopped['makespan']:.0f} {gains}winner_loss={loss / best['validation_loss'] - 1:+.2%} memory_of_8={memory:.2f}"
     )
 
 
