@@ -182,7 +182,8 @@ class EvaluateSpec(SpecModel):
 
 class ServeSpec(SpecModel):
     route: Annotated[str, Field(pattern=NAME_PATTERN)]
-    """Public name within the tenant: clients ask for the model `TENANT/ROUTE`. One that is there keeps what else it says."""
+    """Public name within the tenant, lower-case letters, digits and dashes: clients ask for the model `TENANT/ROUTE`. One that is there keeps
+    what else it says."""
 
     alias: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$")] = "production"
     """The adapter's version gets it, and the route names it."""

@@ -81,7 +81,8 @@ def test_merge_keys_and_anchors_work():
         ("tuning: {type: lora, targets: []}\n", 5, "tuning.targets", "at least one module"),
         ("name: b\n", 5, "name", "line 1 sets it first"),
         ("sweep: {trials: 3}\n", 5, "sweep.search", "is missing"),
-        ("serve:\n  route: r\n", 5, "serve", "not in this version yet"),
+        ("evaluate:\n  gate: [a]\n", 6, "evaluate.gate", "not in this version yet"),
+        ("serve:\n  route: R\n", 6, "serve.route", "lower-case"),
         ("method:\n  type: dpo\n", 6, "method.type", "not in this version yet"),
         ("resources: {workers: {min: 1, max: 2}}\n", 5, "resources.workers", "not in this version yet"),
         ("tuning: {type: qlora}\ndeepspeed: {stage: 3}\nresources: {workers: 2}\n", 5, "tuning.type", "stage 1 or 2"),
@@ -187,7 +188,8 @@ def test_any_field_can_be_set(override: str, path: tuple[str, ...], value: objec
         ("train.epochs", "an override is `field=value`"),
         ("=3", "an override is `field=value`"),
         ("train.epochs=[1", "the value is not YAML"),
-        ("serve.route=x", "not in this version yet"),
+        ("evaluate.gate=x", "not in this version yet"),
+        ("serve.route=X", "lower-case"),
     ],
 )
 def test_a_bad_override_is_named(override: str, said: str):
