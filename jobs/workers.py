@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -132,6 +134,21 @@ def train_storage(store: Store, run: str) -> tuple[str, Any]:
     return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(store.fs))
 
 
+def give_way(config: dict[str, Any]) -> None:
+    """Have this thread, and those that it starts from now on, leave the cores to what answers requests on this machine.
+
+    Training and serving share the cores of a CPU: a reservation would leave some idle, since a server mostly waits. At the
+    lowest priority training has all of them while nobody asks, and next to nothing while an answer is computed. The process's
+    other threads, by which Ray asks whether it lives, stay as they are. On Linux a thread has its own priority (sched(7)). A worker
+    calls this first of all: its imports are seconds of work as well. One with GPUs has little to do but keep them busy.
+    """
+    if sys.platform.startswith("linux") and not config["gpus"]:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST)
+
+
+_LOWEST = 19
+
+
 @contextmanager
 def entered(config: dict[str, Any], began: float) -> Iterator[Session]:
     """What a worker begins with: its place in the group, its threads, its log, and how it speaks.
@@ -143,11 +160,9 @@ def entered(config: dict[str, Any], began: float) -> Iterator[Session]:
     import torch
 
     from jobs.train.session import Session
-    from jobs.train.setup import Place, give_way, pass_over_what_stays, use_threads
+    from jobs.train.setup import Place, pass_over_what_stays, use_threads
 
     imported = time.time()
-    if not config["gpus"]:  # else its threads have little to do but keep a GPU busy
-        give_way()
     use_threads(config["cpus"])
     pass_over_what_stays()
     context = ray.train.get_context()

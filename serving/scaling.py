@@ -55,7 +55,7 @@ def actor_options(
     plan: Plan, gpus: int, inherited: Mapping[str, str], engine: EngineChoice | None = None
 ) -> dict[str, Any]:
     """Reserves no CPU: a reserved one is one that no job on a small machine can have, used or not (jobs give way to what
-    answers, `jobs.train.setup.give_way`). And a reservation of none has Ray set OMP_NUM_THREADS to 1, which is for the
+    answers, `jobs.workers.give_way`). And a reservation of none has Ray set OMP_NUM_THREADS to 1, which is for the
     engine to say.
 
     Args:

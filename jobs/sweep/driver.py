@@ -231,6 +231,7 @@ class _Watch:
 def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
     """On each worker; what it returns is a result that the store did not take."""
     began = time.time()
+    workers.give_way(config)
     from jobs.sweep.worker import run_sweep
 
     with workers.entered(config, began) as session:

@@ -25,6 +25,7 @@ def _run(ours: attempt.Attempt) -> RunResult:
 def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
     """On each worker; what it returns is a result that the store did not take."""
     began = time.time()
+    workers.give_way(config)
     from jobs.train.worker import run_worker
 
     with workers.entered(config, began) as session:

@@ -8,7 +8,6 @@ import gc
 import json
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,20 +86,6 @@ def use_threads(cpus: int) -> None:
     torch.set_num_threads(max(1, cpus))
     _keep_freed_memory()
     os.environ["OMP_NUM_THREADS"] = str(max(1, cpus))
-
-
-def give_way() -> None:
-    """Have this thread, and those that it starts from now on, leave the cores to what answers requests on this machine.
-
-    Training and serving share the cores of a CPU: a reservation would leave some idle, since a server mostly waits. At the
-    lowest priority training has all of them while nobody asks, and next to nothing while an answer is computed. The process's
-    other threads, by which Ray asks whether it lives, stay as they are. On Linux a thread has its own priority (sched(7)).
-    """
-    if sys.platform.startswith("linux"):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST)
-
-
-_LOWEST = 19
 
 
 def _keep_freed_memory() -> None:

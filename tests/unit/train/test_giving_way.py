@@ -13,13 +13,13 @@ ROOT = Path(__file__).resolve().parents[3]
 
 PROGRAM = """
 import os, threading
-from jobs.train.setup import give_way
+from jobs.workers import give_way
 
 def own():
     return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 def train():
-    give_way()
+    give_way({"gpus": 0})
     found.append(own())
     helper = threading.Thread(target=lambda: found.append(own()))
     helper.start()
