@@ -231,9 +231,9 @@ class _Watch:
 def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
     """On each worker; what it returns is a result that the store did not take."""
     began = time.time()
-    workers.give_way(config)
     from jobs.sweep.worker import run_sweep
 
+    workers.give_way(config)  # not before its imports: the trials' processes, which start meanwhile, would starve them
     with workers.entered(config, began) as session:
         result = run_sweep(session, config["broker"])
     return workers.handed_in(session, result)

@@ -287,7 +287,7 @@ class PackedGroup:
             finished[trial] = {"step": one.step, "tuning": one.tuning.model_dump(mode="json")}
         counted = {"computed": asdict(self.computed), "alone": asdict(self.alone), "auto_tokens": self._auto_tokens}
         if self.pace is not None:
-            counted |= {"pace": {"seen": list(self.pace.seen.items()), "limit": self.pace.limit}}
+            counted |= {"pace": list(self.pace.seen.items())}
         return Snapshot({**counted, "lanes": lanes, "finished": finished}, tensors)
 
     def restore(self, directory: Path) -> bool:
@@ -300,11 +300,8 @@ class PackedGroup:
         facts, tensors = found.facts, found.tensors
         self.computed, self.alone = Compute(**facts["computed"]), Compute(**facts["alone"])
         self._auto_tokens = facts["auto_tokens"]
-        if self.pace is not None and "pace" in facts:
-            self.pace.seen, self.pace.limit = (
-                {n: list(seen) for n, seen in facts["pace"]["seen"]},
-                facts["pace"]["limit"],
-            )
+        if self.pace is not None:
+            self.pace.seen = {asked: list(seen) for asked, seen in facts.get("pace", [])}
         for number, lane in enumerate(facts["lanes"]):
             courses = [self._course(trial, JobSpec.model_validate(spec)) for trial, spec in lane["trials"].items()]
             state = {kind: _below(tensors, f"lane/{number}/{kind}/") for kind in ("weights", "exp_avg", "exp_avg_sq")}

@@ -103,17 +103,18 @@ class Pace:
 
     clock: Callable[[], float] = time.perf_counter
     seen: dict[int, list[float]] = field(default_factory=dict)
-    """Lanes together → steps, tokens, seconds."""
-    limit: int | None = None
-    """More do not fit into one pass."""
+    """Most lanes in a pass → steps, tokens, seconds, and the most that there were: a pass may have no room for as many."""
     _warm: bool = False
 
     def together(self, lanes: int) -> int:
         """Most lanes in a pass of the next step."""
         candidate = 1
-        while candidate <= lanes and (self.limit is None or candidate <= self.limit):
-            if self.seen.get(candidate, [0])[0] < TRIED_STEPS:
+        while candidate <= lanes:
+            steps, _, _, reached = self.seen.get(candidate, [0, 0, 0, 0])
+            if steps < TRIED_STEPS:
                 return candidate
+            if reached < candidate:
+                break
             candidate *= 2
         return min(self.fastest, lanes)
 
@@ -124,7 +125,7 @@ class Pace:
 
     def speed(self, together: int) -> float:
         """Tokens a second."""
-        _, tokens, seconds = self.seen[together]
+        _, tokens, seconds, _ = self.seen[together]
         return tokens / max(seconds, 1e-9)
 
     @contextmanager
@@ -133,20 +134,21 @@ class Pace:
         passes: list[tuple[int, int]] = []
         began = self.clock()
         yield passes
-        most = max((lanes for lanes, _ in passes), default=0)
-        if not self._warm or not most:
+        if not self._warm or not passes:
             self._warm = True
             return
-        if most < asked:
-            self.limit = most
-        before = self.seen.get(most, [0.0, 0.0, 0.0])
-        new = [1.0, float(sum(tokens for _, tokens in passes)), self.clock() - began]
-        self.seen[most] = [a + b for a, b in zip(before, new, strict=True)]
+        steps, tokens, seconds, reached = self.seen.get(asked, [0.0, 0.0, 0.0, 0.0])
+        self.seen[asked] = [
+            steps + 1,
+            tokens + sum(tokens for _, tokens in passes),
+            seconds + self.clock() - began,
+            max(reached, *(lanes for lanes, _ in passes)),
+        ]
 
     @property
     def why(self) -> str:
         """What was measured, for a person."""
-        tried = sorted(self.seen)
+        tried = [asked for asked, (_, _, _, reached) in sorted(self.seen.items()) if reached == asked]
         if not tried:
             return "one copy of the base model for all trials"
         figures = ", ".join(
