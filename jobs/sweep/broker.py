@@ -233,12 +233,14 @@ class Broker:
         return {name: value for name, value in report.items() if name != RUNG}
 
     async def _decisions(self, reports: dict[str, list[Report]]) -> None:
-        def pending() -> bool:
-            return any(held.undecided for trial in reports if (held := self._leases.get(trial)))
+        """Until the scheduler has decided about all that has just reported, or takes too long."""
+
+        def all_decided() -> bool:
+            return not any(held.undecided for trial in reports if (held := self._leases.get(trial)))
 
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DECISION_SECONDS), self._changed:
-                await self._changed.wait_for(lambda: not pending())
+                await self._changed.wait_for(all_decided)
 
     def _expire(self) -> None:
         oldest = self._clock() - LEASE_SECONDS

@@ -206,13 +206,11 @@ class Courses:
         where the store cannot take it, the snapshot before is still there.
 
         Raises:
-            Superseded: a newer attempt owns the run.
+            Superseded: a newer attempt owned the run when the one before was to be written.
         """
-        session, run = self._session, self._session.resolved.run
         self._number += 1
-        if session.place.rank:
+        if self._session.place.rank:
             return
-        check_still_ours(session.store, run, session.attempt)
         snapshot, number = self._group.snapshot(), self._number
         history = {trial: list(reports) for trial, reports in self.history.items()}
         self._writing.start(lambda: self._write(number, snapshot, history))

@@ -40,13 +40,19 @@ def spec(name: str = "first", **fields: Any) -> JobSpec:
     return JobSpec.model_validate(data | {"serve": {"route": "entities", "fallback": "base"}} | fields)
 
 
+def succeeded(world: Any, directory: Path, job: JobSpec) -> Any:
+    """A run that has published, and that nobody has looked at since."""
+    run = world.submit(spec=job)
+    world.succeeds(run, directory)
+    return run
+
+
 def said(world: Any, run: Any) -> list[str]:
     return [event.message for event in list_events(world.db, run.id) if event.id.endswith("-serving")]
 
 
 def test_its_adapter_gets_the_alias_and_answers_behind_the_route(world: Any, tmp_path: Path) -> None:
-    run = world.submit(spec=spec())
-    world.succeeds(run, tmp_path / "adapter")
+    run = succeeded(world, tmp_path / "adapter", spec())
     world.reconcile()
     route = find_route(world.db, ROUTE)
     assert route is not None
@@ -59,15 +65,13 @@ def test_its_adapter_gets_the_alias_and_answers_behind_the_route(world: Any, tmp
 
 
 def test_a_route_that_is_there_keeps_what_else_it_says(world: Any, tmp_path: Path) -> None:
-    first = world.submit(spec=spec())
-    world.succeeds(first, tmp_path / "adapter")
+    succeeded(world, tmp_path / "adapter", spec())
     world.reconcile()
     now = find_route(world.db, ROUTE)
     assert now is not None
     changed = {**now.config, "defaults": {"system": "Be brief."}}
     save_route(world.db, ROUTE, parse_config(ROUTE, changed), actor="somebody", expected=1)
-    second = world.submit(spec=spec("second", serve={"route": "entities", "alias": "canary"}))
-    world.succeeds(second, tmp_path / "adapter")
+    succeeded(world, tmp_path / "adapter", spec("second", serve={"route": "entities", "alias": "canary"}))
     world.reconcile()
     route = find_route(world.db, ROUTE)
     assert route is not None
@@ -78,8 +82,7 @@ def test_a_route_that_is_there_keeps_what_else_it_says(world: Any, tmp_path: Pat
 
 def test_what_a_person_does_afterwards_stands(world: Any, tmp_path: Path) -> None:
     """The attempt is looked at once more when its job is over."""
-    run = world.submit(spec=spec())
-    world.succeeds(run, tmp_path / "adapter")
+    run = succeeded(world, tmp_path / "adapter", spec())
     world.jobs.jobs[run.submission_id].status = JobStatus.RUNNING
     world.reconcile()
     assert open_attempts(world.db), "its job is not over"
@@ -104,8 +107,7 @@ def test_one_that_answers_worse_than_the_base_model_is_not_served(
     world: Any, tmp_path: Path, after: float, served: bool
 ) -> None:
     data = {"train": "train.jsonl", "test": "test.jsonl"}
-    run = world.submit(spec=spec(data=data, evaluate={"metrics": ["exact_match"]}))
-    world.succeeds(run, tmp_path / "adapter")
+    run = succeeded(world, tmp_path / "adapter", spec(data=data, evaluate={"metrics": ["exact_match"]}))
     evaluated(world, run, 0.5, after)
     world.reconcile()
     assert (find_route(world.db, ROUTE) is not None) is served
@@ -124,8 +126,7 @@ def test_a_run_that_failed_serves_nothing(world: Any) -> None:
 
 def test_an_adapter_that_was_not_taken_in_is_said(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconcile, "_sign", lambda *_: "it is empty")
-    run = world.submit(spec=spec())
-    world.succeeds(run, tmp_path / "adapter")
+    run = succeeded(world, tmp_path / "adapter", spec())
     world.reconcile()
     (message,) = said(world, run)
     assert message.startswith("It cannot be put behind acme/entities: ")
@@ -135,9 +136,7 @@ def test_an_adapter_that_was_not_taken_in_is_said(world: Any, tmp_path: Path, mo
 
 def test_killed_anywhere_it_is_served_once(killed_everywhere: Any, tmp_path: Path) -> None:
     def prepare(world: Any) -> Any:
-        run = world.submit(spec=spec())
-        world.succeeds(run, tmp_path / "adapter")
-        return run
+        return succeeded(world, tmp_path / "adapter", spec())
 
     for world in killed_everywhere(prepare, lambda world, _: world.reconcile()):
         world.reconcile()
