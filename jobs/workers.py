@@ -119,9 +119,11 @@ def _trainer_class(shape: WorkerShape) -> Any:
 
 
 def _for_workers() -> dict[str, str]:
-    """Where this Ray is, for helpers of Ray Train that would else guess it, and give up where a machine has two."""
+    """Where this Ray is, for helpers of Ray Train that would else guess it, and give up where a machine has two. And one heap for all
+    threads of a process: work is done on a thread that Ray Train starts, and the heaps that glibc gives to such are of 64 MB each,
+    which activations fill badly and which come and go (`jobs.train.setup.use_threads` has the main one keep what is freed)."""
     address = os.environ.get("RAY_ADDRESS")
-    return {"RAY_ADDRESS": address} if address else {}
+    return {"MALLOC_ARENA_MAX": "1"} | ({"RAY_ADDRESS": address} if address else {})
 
 
 def train_storage(store: Store, run: str) -> tuple[str, Any]:

@@ -33,11 +33,17 @@ class Course:
         self.shape, self.seed = lora_shape(spec.tuning), train.seed
         self.learning_rate = learning_rates(train, self.total_steps)
         optimizer = train.betas, train.eps, train.weight_decay, train.max_grad_norm
+        self._tokens = tokens
         self._throughout = self.shape, self.seed, tokens, *optimizer
 
     def at(self, step: int) -> tuple[Any, ...]:
         """All that decides what a step does to the weights: trials for which it is equal, so far, have the same weights."""
         return *self._throughout, self.learning_rate(step), *self.batches.rows(step)
+
+    @property
+    def beginning(self) -> tuple[Any, ...]:
+        """All that decides its first gradient: what it is trained by comes after that."""
+        return self.shape, self.seed, self._tokens, *self.batches.rows(0)
 
     def reports(self, step: int) -> bool:
         """Whether validation is due after `step` steps: at the end of each epoch, and at the end."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +17,11 @@ from jobs.sweep import snapshots
 from jobs.sweep.course import Course, why_alone
 from jobs.sweep.lane import Held, Lane
 from jobs.sweep.lanes import Lanes
-from jobs.sweep.passes import joint_passes, run
-from jobs.sweep.planning import Pace
+from jobs.sweep.passes import Part, joint_passes, run
+from jobs.sweep.planning import Counted, Pace, Way
 from jobs.sweep.reports import Compute, TrialReport, TrialState
 from jobs.sweep.snapshots import Snapshot
+from jobs.sweep.teams import Teams, apart
 from jobs.train.artifact import write_trained_adapter
 from jobs.train.setup import Place, agreed_micro_batch_tokens
 from jobs.train.steps import Progress, diverged, take_step
@@ -50,7 +52,7 @@ class PackedGroup:
         validation_rows: None or empty: no validation.
         tokens_at_once: most in one forward pass of a worker; micro-batches of several lanes that fit go together.
         lanes: most that are trained at once.
-        pace: decides how many of them go together; None: as many as fit.
+        pace: decides how many of them go together; None: as many as fit into a pass, one pass after the other.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class PackedGroup:
         # once for all trials and kept with a snapshot: what is free changes, and how rows are cut must not
         self._auto_tokens = min(tokens_at_once, agreed_micro_batch_tokens(TrainSpec(), network, place, rows.lengths))
         self._lanes = Lanes(cast(Decoder, network), lanes)
+        self._teams = Teams(torch.get_num_threads())
         self._finished: dict[str, Finished] = {}
         self.computed, self.alone = Compute(), Compute()
         """What was computed, and what runs of their own would have computed for the same trials up to the same steps."""
@@ -167,7 +170,6 @@ class PackedGroup:
         reports: list[TrialReport] = []
         for lane, (loss, tokens) in zip(self._lanes, self._gradients(), strict=True):
             lane.progress.loss = loss
-            self.computed.add(int(tokens))
             self.alone.add(int(tokens), len(lane.courses))
             try:
                 take_step(lane.engine, lane.progress, lane.course.learning_rate(lane.progress.step))
@@ -189,28 +191,55 @@ class PackedGroup:
         asked = (course.spec.train.gradient_checkpointing for course, _ in self._lanes.courses)
         self._network.gradient_checkpointing = any(asked)
         totals = torch.zeros(len(self._lanes), 2, dtype=torch.float64)
-        coming = [lane.micro_batches(number, self._rows, self._place) for number, lane in enumerate(self._lanes)]
-        with self._timed() as (most, passes):
-            for parts in joint_passes(coming, self._tokens_at_once, most):
+        models = self._models()
+        coming = [
+            lane.micro_batches(number, self._rows, self._place) if models[number] == number else []
+            for number, lane in enumerate(self._lanes)
+        ]
+        with self._timed(sum(map(bool, coming))) as (way, counted):
+
+            def learn(parts: list[Part]) -> None:
                 for part, losses in zip(parts, run(self._network, parts, Tensor.backward), strict=True):
                     self._lanes.seated[part.lane].engine.collect()
                     loss = (losses * part.batch.token_weights).sum().item()
                     totals[part.lane] += torch.tensor([loss, part.batch.real_tokens], dtype=torch.float64)
-                passes.append((len(parts), sum(part.batch.real_tokens for part in parts)))
+                counted.append((len(parts), sum(part.batch.real_tokens for part in parts)))
+
+            self._pass(coming, learn, way)
         if self._place.workers > 1:
             self._sum_gradients()
             totals = self._place.all_reduce(totals)
-        return totals.tolist()
+        for number, model in enumerate(models):
+            if number != model:
+                self._lanes.seated[number].engine.take_gradients(self._lanes.seated[model].engine)
+        for number in {*models}:
+            self.computed.add(int(totals[number, 1]))
+        return totals[models].tolist()
+
+    def _models(self) -> list[int]:
+        """By lane, the first one that has the same gradient: while none has taken a step, learning rates make no difference."""
+        first: dict[object, int] = {}
+        return [
+            first.setdefault(lane.course.beginning if lane.progress.step == 0 else number, number)
+            for number, lane in enumerate(self._lanes)
+        ]
+
+    def _pass(
+        self, coming: Sequence[Sequence[Callable[[], Part]]], each: Callable[[list[Part]], None], way: Way
+    ) -> None:
+        """Every lane's micro-batches through the network."""
+        for several in apart(joint_passes(coming, self._tokens_at_once // way.beside, way.together)):
+            self._teams.run([partial(each, parts) for parts in several], way.beside)
 
     @contextmanager
-    def _timed(self) -> Iterator[tuple[int | None, list[tuple[int, int]]]]:
-        """Most lanes in a pass of this step, the same on all ranks, and where its passes are counted."""
-        if self.pace is None or not len(self._lanes):
-            yield None, []
+    def _timed(self, lanes: int) -> Iterator[tuple[Way, Counted]]:
+        """Which way this step's passes go, the same on all ranks, and where they are counted."""
+        if self.pace is None or not lanes:
+            yield Way(together=lanes), []
             return
-        most = self._place.gathered(self.pace.together(len(self._lanes)))[0]
-        with self.pace.step(most) as passes:
-            yield most, passes
+        way = Way(*self._place.told(list(self.pace.way(lanes))))
+        with self.pace.step(way) as counted:
+            yield way, counted
 
     def _sum_gradients(self) -> None:
         """Over the workers, of all lanes at once."""
@@ -220,7 +249,6 @@ class PackedGroup:
             for gradient, part in zip(gradients, total.split([one.numel() for one in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
-    @torch.no_grad()
     def _validation_losses(self, lanes: Sequence[Lane]) -> list[float | None]:
         """Mean loss of the labelled tokens of all validation rows under each lane's adapter."""
         rows, place = self._validation_rows, self._place
@@ -229,9 +257,14 @@ class PackedGroup:
         self._network.eval()
         coming = [lane.validation(number, rows, place, self._network) for number, lane in enumerate(lanes)]
         totals = torch.zeros(len(lanes), 2, dtype=torch.float64)
-        for parts in joint_passes(coming, self._tokens_at_once):
+
+        @torch.no_grad()
+        def judge(parts: list[Part]) -> None:
             for part, losses in zip(parts, run(self._network, parts), strict=True):
                 totals[part.lane] += torch.tensor([losses.double().sum().item(), len(losses)], dtype=torch.float64)
+
+        way = Way(len(lanes)) if self.pace is None else Way(*place.told(list(self.pace.fastest(len(lanes)))))
+        self._pass(coming, judge, way)
         totals = place.all_reduce(totals)
         return (totals[:, 0] / totals[:, 1].clamp(min=1)).tolist()
 
@@ -301,7 +334,7 @@ class PackedGroup:
         self.computed, self.alone = Compute(**facts["computed"]), Compute(**facts["alone"])
         self._auto_tokens = facts["auto_tokens"]
         if self.pace is not None:
-            self.pace.seen = {asked: list(seen) for asked, seen in facts.get("pace", [])}
+            self.pace.seen = {Way(*way): list(seen) for way, seen in facts.get("pace", [])}
         for number, lane in enumerate(facts["lanes"]):
             courses = [self._course(trial, JobSpec.model_validate(spec)) for trial, spec in lane["trials"].items()]
             state = {kind: _below(tensors, f"lane/{number}/{kind}/") for kind in ("weights", "exp_avg", "exp_avg_sq")}

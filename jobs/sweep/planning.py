@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -23,7 +23,11 @@ LANES = 8
 """Most where `sweep.max_concurrent` is auto: more give no speed once a pass is full, and each costs memory."""
 SHARE = 1 / 3
 """Of the free memory that lanes may take; activations take as much (`jobs.train.setup.micro_batch_tokens`)."""
+FULL = {"cpu": 512, "cuda": 16384}
+"""Tokens of a pass from which a device's matmuls are at their peak."""
 TRIED_STEPS = 2
+TRIED_SECONDS = 2.0
+"""After which one step is enough."""
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -93,65 +97,112 @@ def _mib(size: float) -> str:
 # --- speed ----------------------------------------------------------------------------------------------------------
 
 
+class Way(NamedTuple):
+    """How a step's micro-batches go through the network."""
+
+    together: int = 1
+    """Most lanes in a pass."""
+    beside: int = 1
+    """Passes that are computed at the same time, each with its share of the cores."""
+
+    def __str__(self) -> str:
+        words = [f"{self.together} together" if self.together != 1 else ""]
+        words += [f"{self.beside} beside each other" if self.beside > 1 else ""]
+        return ", ".join(word for word in words if word) or "one by one"
+
+
+Counted = list[tuple[int, int]]
+"""Of each pass: lanes and tokens."""
+
+
 @dataclass
 class Pace:
-    """How many lanes' micro-batches go through the network together: 1, 2, 4, … are tried for two steps each while there are so
-    many, and the fastest is kept. The steps are real ones: only rounding differs.
+    """Which way is fastest: 2, 4, … passes are tried beside each other, as long as that gains and there are cores and lanes; then 2, 4, …
+    lanes together, as long as passes are short of `full`. Each is tried for two steps, or for one that takes long. The steps are real
+    ones: only rounding differs.
 
     The first step of all is not counted, since it makes what later ones find.
+
+    Args:
+        cores: of this process, if it computes on them.
+        full: tokens of a pass that gains nothing from more.
     """
 
+    cores: int = 1
+    full: int = 2**62
     clock: Callable[[], float] = time.perf_counter
-    seen: dict[int, list[float]] = field(default_factory=dict)
-    """Most lanes in a pass → steps, tokens, seconds, and the most that there were: a pass may have no room for as many."""
+    seen: dict[Way, list[float]] = field(default_factory=dict)
+    """Way → steps, tokens, seconds, passes, and the most lanes that there were in one: it may have no room for as many."""
     _warm: bool = False
 
-    def together(self, lanes: int) -> int:
-        """Most lanes in a pass of the next step."""
-        candidate = 1
-        while candidate <= lanes:
-            steps, _, _, reached = self.seen.get(candidate, [0, 0, 0, 0])
-            if steps < TRIED_STEPS:
-                return candidate
-            if reached < candidate:
+    def way(self, lanes: int) -> Way:
+        """Of the next step of so many lanes."""
+        best = Way()
+        while (more := Way(beside=2 * best.beside)).beside <= min(lanes, self.cores):
+            if untried := self._untried(best, more):
+                return untried
+            if self.speed(more) <= self.speed(best):
                 break
-            candidate *= 2
-        return min(self.fastest, lanes)
+            best = more
+        while (wider := best._replace(together=2 * best.together)).together <= lanes:
+            if untried := self._untried(best):
+                return untried
+            if self._tokens_of_a_pass(best) >= self.full:
+                break
+            if untried := self._untried(wider):
+                return untried
+            if self._reached(wider) < wider.together or self.speed(wider) <= self.speed(best):
+                break
+            best = wider
+        return self.fastest(lanes)
 
-    @property
-    def fastest(self) -> int:
-        """Of those that were tried."""
-        return max(self.seen, key=self.speed, default=1)
+    def fastest(self, lanes: int) -> Way:
+        """Of those that were tried, for so many lanes."""
+        best = max(self.seen, key=self.speed, default=Way())
+        return Way(min(best.together, lanes), best.beside)
 
-    def speed(self, together: int) -> float:
+    def speed(self, way: Way) -> float:
         """Tokens a second."""
-        _, tokens, seconds, _ = self.seen[together]
+        _, tokens, seconds, *_ = self.seen[way]
         return tokens / max(seconds, 1e-9)
 
+    def _tokens_of_a_pass(self, way: Way) -> float:
+        _, tokens, _, passes, _ = self.seen[way]
+        return tokens / passes
+
+    def _reached(self, way: Way) -> float:
+        return self.seen[way][-1]
+
+    def _untried(self, *ways: Way) -> Way | None:
+        for way in ways:
+            steps, _, seconds, *_ = self.seen.get(way, [0, 0, 0])
+            if steps < TRIED_STEPS and seconds < TRIED_SECONDS:
+                return way
+        return None
+
     @contextmanager
-    def step(self, asked: int) -> Iterator[list[tuple[int, int]]]:
-        """Times a step that is computed in the block; each pass is added to what is given: (lanes, tokens)."""
-        passes: list[tuple[int, int]] = []
+    def step(self, way: Way) -> Iterator[Counted]:
+        """Times a step that is computed in the block; each pass is added to what is given."""
+        counted: Counted = []
         began = self.clock()
-        yield passes
-        if not self._warm or not passes:
+        yield counted
+        if not self._warm or not counted:
             self._warm = True
             return
-        steps, tokens, seconds, reached = self.seen.get(asked, [0.0, 0.0, 0.0, 0.0])
-        self.seen[asked] = [
+        steps, tokens, seconds, passes, reached = self.seen.get(way, [0.0] * 5)
+        self.seen[way] = [
             steps + 1,
-            tokens + sum(tokens for _, tokens in passes),
+            tokens + sum(tokens for _, tokens in counted),
             seconds + self.clock() - began,
-            max(reached, *(lanes for lanes, _ in passes)),
+            passes + len(counted),
+            max(reached, *(lanes for lanes, _ in counted)),
         ]
 
     @property
     def why(self) -> str:
         """What was measured, for a person."""
-        tried = [asked for asked, (_, _, _, reached) in sorted(self.seen.items()) if reached == asked]
+        tried = [way for way in self.seen if self._reached(way) == way.together]
         if not tried:
             return "one copy of the base model for all trials"
-        figures = ", ".join(
-            f"{self.speed(n):,.0f} tokens/s {'one by one' if n == 1 else f'{n} together'}" for n in tried
-        )
+        figures = ", ".join(f"{self.speed(way):,.0f} tokens/s {way}" for way in tried)
         return f"one copy of the base model for all trials; measured {figures}"

@@ -15,7 +15,7 @@ from jobs.data import PreparedData
 from jobs.sweep.broker import Orders, Report
 from jobs.sweep.courses import Courses
 from jobs.sweep.packed import PackedGroup
-from jobs.sweep.planning import Pace, lanes
+from jobs.sweep.planning import FULL, Pace, lanes
 from jobs.train.artifact import PUBLISHED, check_effect, load_adapter
 from jobs.train.control import Control
 from jobs.train.loop import mean_loss
@@ -65,7 +65,7 @@ def _run(session: Session, control: Control | None, broker: Any) -> RunResult:
             place,
             tokens_at_once=TOKENS_AT_ONCE[place.device.type],
             lanes=lanes(spec, network, place),
-            pace=Pace(),
+            pace=Pace(torch.get_num_threads() if place.device.type == "cpu" else 1, FULL[place.device.type]),
         )
         courses = Courses(session, group, base, len(data.train))
         courses.restore()

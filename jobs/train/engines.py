@@ -84,6 +84,10 @@ class SingleEngine:
                 master.grad = torch.zeros_like(master)
         return [master.grad for master in self._masters.values() if master.grad is not None]
 
+    def take_gradients(self, other: SingleEngine) -> None:
+        """Of weights that are the same: what has accumulated there has accumulated here."""
+        torch._foreach_copy_(self.gradients(), other.gradients())
+
     def step(self, learning_rate: float) -> float:
         norm = nn.utils.clip_grad_norm_(self._masters.values(), self._max_norm or float("inf"))
         if torch.isfinite(norm):

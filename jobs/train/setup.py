@@ -101,6 +101,7 @@ def _keep_freed_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # glibc's own upper limit
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
         mallopt(_M_TOP_PAD, 1 << 26)
+        mallopt(_M_ARENA_MAX, 1)  # else what one thread freed is no use to another
 
 
 def pass_over_what_stays() -> None:
@@ -117,7 +118,7 @@ def give_back_freed_memory() -> None:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8  # malloc.h
 
 
 def uses_deepspeed(spec: JobSpec, place: Place) -> bool:

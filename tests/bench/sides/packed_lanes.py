@@ -15,6 +15,7 @@ from pathlib import Path
 from ours_train import Rows
 
 from jobs.sweep.packed import PackedGroup
+from jobs.sweep.planning import FULL, Pace
 from jobs.sweep.worker import TOKENS_AT_ONCE
 from jobs.train.setup import Place, use_threads
 from orchestrator.modeling.loading import load_model
@@ -37,10 +38,14 @@ def main() -> None:
         Place(),
         tokens_at_once=TOKENS_AT_ONCE["cpu"],
         lanes=options.lanes,
+        pace=Pace(os.cpu_count() or 1, FULL["cpu"]),
     )
     for number in range(options.lanes):
         group.open(str(number), JobSpec.model_validate(longest[number % len(longest)]["spec"]))
+    assert group.pace is not None
     group.step()
+    while group.pace.way(options.lanes) not in group.pace.seen:
+        group.step()  # which way is fastest is tried first
     began, before = time.perf_counter(), group.computed.tokens
     for _ in range(options.steps):
         group.step()
@@ -48,6 +53,7 @@ def main() -> None:
     print(
         json.dumps(
             {
+                "why": group.pace.why,
                 "tokens_per_second": (group.computed.tokens - before) / seconds,
                 "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             }

@@ -7,6 +7,7 @@ import itertools
 import math
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from jobs.sweep import passes as passes_module
 from jobs.sweep import snapshots
 from jobs.sweep.packed import PackedGroup
+from jobs.sweep.planning import Pace, Way
 from jobs.sweep.reports import Compute
 from jobs.train.artifact import load_adapter
 from jobs.train.setup import Place
@@ -102,6 +105,90 @@ def test_rows_that_begin_alike_compute_their_beginning_once_for_each_lane(
     for trial, spec in specs.items():
         check_close(found[trial], alone(directory, alike_rows, None, spec))
     assert sum(tokens) <= group.computed.tokens - 4 * 3 * 3 * 2 * PER_EPOCH  # 3 of 4 rows, of 3 trials, in each step
+
+
+def test_trials_that_differ_in_what_trains_them_share_their_first_gradient(
+    tiny_model: Models, rows: Any, validation_rows: Any, monkeypatch: pytest.MonkeyPatch, place: Place
+) -> None:
+    """To the last bit: learning rate, clipping and AdamW come after it."""
+    directory, cut = tiny_model("llama"), {"train__micro_batch_tokens": 200}
+    specs = {f"rate{n}": made_spec(train__learning_rate=1e-3 * (n + 1), **cut) for n in range(3)}
+    specs["adam"] = made_spec(train__weight_decay=0.1, train__betas=[0.8, 0.99], train__max_grad_norm=None, **cut)
+    specs["dropout"] = made_spec(tuning__dropout=0.3, **cut)
+    specs["seed"] = made_spec(train__seed=7, **cut)
+    group = group_of(directory, rows, validation_rows, tokens_at_once=8, place=place)
+    passes = forward_passes(group, monkeypatch)
+    for trial, spec in specs.items():
+        group.open(trial, spec)
+    found = follow(group, {}, steps=1)
+    assert len(passes) == group.computed.steps == 3, "one for four trials, and two that begin otherwise"
+    follow(group, found)
+    for trial, spec in specs.items():
+        assert same(found[trial], alone(directory, rows, validation_rows, spec, place)), trial
+    assert group.computed.steps == group.alone.steps - 3
+
+
+def test_a_trial_that_comes_later_begins_by_itself(tiny_model: Models, rows: Any) -> None:
+    directory, cut = tiny_model("llama"), {"train__micro_batch_tokens": 200}
+    group = group_of(directory, rows, tokens_at_once=8)
+    group.open("first", made_spec(**cut))
+    found = follow(group, {}, steps=1)
+    group.open("later", made_spec(train__learning_rate=2e-3, **cut))
+    follow(group, found)
+    assert same(found["later"], alone(directory, rows, None, made_spec(train__learning_rate=2e-3, **cut)))
+    assert group.computed == group.alone
+
+
+@pytest.mark.parametrize("tokens_at_once", [400, 8])
+def test_passes_beside_each_other_change_no_trial(
+    tiny_model: Models, rows: Any, validation_rows: Any, monkeypatch: pytest.MonkeyPatch, tokens_at_once: int
+) -> None:
+    directory = tiny_model("llama")
+    specs = {
+        name: spec.model_copy(update={"train": spec.train.model_copy(update={"micro_batch_tokens": 60})})
+        for name, spec in MIXED.items()
+    }
+
+    def beside() -> tuple[PackedGroup, dict[str, Course]]:
+        group = group_of(directory, rows, validation_rows, tokens_at_once=tokens_at_once)
+        tried = {Way(): [2, 1, 1, 1, 1], Way(1, 2): [2, 2, 1, 1, 1], Way(2, 2): [2, 1e9, 1, 1, 2]}
+        group.pace = Pace(cores=2, full=1, seen={way: [float(n) for n in seen] for way, seen in tried.items()})
+        return group, packed(group, specs)
+
+    threads: set[int] = set()
+    run = passes_module.run
+    monkeypatch.setattr("jobs.sweep.packed.run", lambda *a: (threads.add(threading.get_ident()), run(*a))[1])
+    group, found = beside()
+    assert len(threads) >= 2, "some were computed by other threads"
+    assert group.pace is not None
+    assert group.pace.way(4) == Way(2, 2)
+    assert torch.get_num_threads() == group._teams._cores, "whoever computes next has all cores"
+    for trial, spec in specs.items():
+        check_close(found[trial], alone(directory, rows, validation_rows, spec))
+    _, again = beside()
+    assert all(same(again[trial], found[trial]) for trial in specs)
+
+
+def test_what_runs_out_of_memory_beside_others_is_told_when_they_have_ended(
+    tiny_model: Models, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = group_of(tiny_model("llama"), rows, tokens_at_once=8)
+    group.pace = Pace(cores=2, full=1, seen={Way(): [2, 1, 1, 1, 1], Way(1, 2): [2, 3, 1, 1, 1]})
+    run, ended = passes_module.run, []
+
+    def broken(network: Any, parts: Any, *more: Any) -> Any:
+        if parts[0].lane == 0:
+            raise OutOfMemory("none left", hint="")
+        found = run(network, parts, *more)
+        ended.append(parts[0].lane)
+        return found
+
+    monkeypatch.setattr("jobs.sweep.packed.run", broken)
+    for n in range(4):
+        group.open(f"t{n}", made_spec(train__seed=n))
+    with pytest.raises(OutOfMemory, match="none left"):
+        group.step()
+    assert sorted(ended) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("kind", ["rows", "alike_rows"])

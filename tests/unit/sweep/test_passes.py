@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from jobs.sweep.passes import joint_passes
+from jobs.sweep.teams import apart
 
 
 def part(lane: int, place: int, tokens: int) -> Any:
@@ -57,3 +59,17 @@ def test_nothing_is_packed_before_its_turn() -> None:
     coming: Any = joint_passes([[partial(make, number) for number in range(3)]], 100)
     next(coming)
     assert made == [0]
+
+
+@given(some.lists(some.lists(some.integers(1, 60), max_size=5), max_size=6), some.integers(1, 100))
+def test_passes_that_are_computed_beside_each_other_have_no_lane_in_common(lanes: list[list[int]], tokens: int) -> None:
+    one_by_one = passes(lanes, tokens)
+    found = list(apart(one_by_one))
+    assert [parts for several in found for parts in several] == one_by_one
+    for several in found:
+        taken = [part.lane for parts in several for part in parts]
+        assert len(taken) == len(set(taken))
+    for several, following in itertools.pairwise(found):
+        assert {p.lane for parts in several for p in parts} & {p.lane for p in following[0]}, (
+            "it could have been beside them"
+        )

@@ -13,7 +13,7 @@ import torch
 
 from jobs.sweep import snapshots
 from jobs.sweep.packed import PackedGroup
-from jobs.sweep.planning import LANES, Pace, lane_bytes, lanes
+from jobs.sweep.planning import LANES, Pace, Way, lane_bytes, lanes
 from jobs.train.setup import Place
 from orchestrator.errors import OutOfMemory
 from orchestrator.modeling.decoder import adapter_parameters
@@ -92,50 +92,75 @@ class Clock:
 
 
 def steps(
-    pace: Pace, clock: Clock, count: int, speeds: dict[int, float], *, open_lanes: int, fit: int = 64
-) -> list[int]:
-    """How many went together at each step, where so many together make so many tokens a second."""
-    together = []
+    pace: Pace, clock: Clock, count: int, speeds: dict[tuple[int, int], float], *, open_lanes: int, fit: int = 64
+) -> list[tuple[int, int]]:
+    """Which way was taken at each step, where the ways make so many tokens a second."""
+    taken = []
     for _ in range(count):
-        asked = pace.together(open_lanes)
-        most = min(asked, fit)
-        with pace.step(asked) as passes:
+        way = pace.way(open_lanes)
+        most = min(way.together, fit)
+        with pace.step(way) as passes:
             passes += [(most, 100 * most)] * (open_lanes // most)
-            clock.now += 100 * most * (open_lanes // most) / speeds[most]
-        together.append(most)
-    return together
+            clock.now += 100 * most * (open_lanes // most) / speeds[most, way.beside]
+        taken.append((most, way.beside))
+    return taken
 
 
-def test_each_is_tried_twice_and_the_fastest_is_kept() -> None:
+def test_more_are_tried_together_as_long_as_it_gains() -> None:
     clock = Clock()
-    pace = Pace(clock)
-    found = steps(pace, clock, 12, {1: 500.0, 2: 650.0, 4: 600.0, 8: 550.0}, open_lanes=8)
-    assert found == [1, 1, 1, 2, 2, 4, 4, 8, 8, 2, 2, 2], "the first step of all does not count"
-    assert "measured 500 tokens/s one by one, 650 tokens/s 2 together, 600 tokens/s 4 together" in pace.why
+    pace = Pace(clock=clock)
+    found = steps(pace, clock, 10, {(1, 1): 500.0, (2, 1): 650.0, (4, 1): 600.0}, open_lanes=8)
+    assert found == [(n, 1) for n in (1, 1, 1, 2, 2, 4, 4, 2, 2, 2)], "the first step of all does not count"
+    assert pace.why.endswith("measured 500 tokens/s one by one, 650 tokens/s 2 together, 600 tokens/s 4 together")
+
+
+def test_passes_are_tried_beside_each_other_on_as_many_cores_as_there_are() -> None:
+    clock = Clock()
+    pace = Pace(cores=4, clock=clock)
+    speeds = {(1, 1): 500.0, (1, 2): 600.0, (1, 4): 700.0, (2, 4): 650.0}
+    found = steps(pace, clock, 12, speeds, open_lanes=8)
+    assert found == [(1, 1)] * 3 + [(1, 2)] * 2 + [(1, 4)] * 2 + [(2, 4)] * 2 + [(1, 4)] * 3
+    assert "600 tokens/s 2 beside each other, 700 tokens/s 4 beside each other" in pace.why
+    assert pace.why.endswith("650 tokens/s 2 together, 4 beside each other")
+    assert Pace(cores=4, clock=clock).way(1) == Way(), "nothing can be beside a single lane"
+
+
+def test_a_pass_that_is_full_is_not_made_longer() -> None:
+    clock = Clock()
+    pace = Pace(full=200, clock=clock)
+    found = steps(pace, clock, 9, {(1, 1): 500.0, (2, 1): 650.0}, open_lanes=8)
+    assert found == [(1, 1)] * 3 + [(2, 1)] * 6, "passes of 100 tokens gain from more, and of 200 they do not"
+
+
+def test_one_step_that_takes_long_is_enough() -> None:
+    clock = Clock()
+    found = steps(Pace(clock=clock), clock, 5, {(1, 1): 1.0, (2, 1): 2.0, (4, 1): 1.5}, open_lanes=4)
+    assert found == [(1, 1), (1, 1), (2, 1), (4, 1), (2, 1)]
 
 
 def test_what_does_not_fit_into_a_pass_is_not_tried_further() -> None:
     clock = Clock()
-    pace = Pace(clock)
-    assert steps(pace, clock, 9, {1: 500.0, 2: 650.0}, open_lanes=8, fit=2) == [1, 1, 1, 2, 2, 2, 2, 2, 2]
-    assert sorted(pace.seen) == [1, 2, 4], "8 is not tried where there was no room for 4"
+    pace = Pace(clock=clock)
+    found = steps(pace, clock, 9, {(1, 1): 500.0, (2, 1): 650.0}, open_lanes=8, fit=2)
+    assert found == [(n, 1) for n in (1, 1, 1, 2, 2, 2, 2, 2, 2)]
+    assert sorted(pace.seen) == [(1, 1), (2, 1), (4, 1)], "8 is not tried where there was no room for 4"
     assert pace.why.endswith("measured 500 tokens/s one by one, 650 tokens/s 2 together")
 
 
 def test_a_step_without_room_for_two_says_nothing_of_the_next() -> None:
     clock = Clock()
-    pace, speeds = Pace(clock), {1: 500.0, 2: 650.0}
-    assert steps(pace, clock, 3, speeds, open_lanes=8) == [1, 1, 1]
-    assert steps(pace, clock, 1, speeds, open_lanes=8, fit=1) == [1]
-    assert steps(pace, clock, 4, speeds, open_lanes=8, fit=2) == [2, 2, 2, 2]
+    pace, speeds = Pace(clock=clock), {(1, 1): 500.0, (2, 1): 650.0}
+    assert steps(pace, clock, 3, speeds, open_lanes=8) == [(1, 1)] * 3
+    assert steps(pace, clock, 1, speeds, open_lanes=8, fit=1) == [(1, 1)]
+    assert steps(pace, clock, 4, speeds, open_lanes=8, fit=2) == [(2, 1)] * 4
 
 
 def test_more_are_tried_when_more_have_come() -> None:
     clock = Clock()
-    pace, speeds = Pace(clock), {1: 500.0, 2: 650.0, 4: 900.0}
-    assert steps(pace, clock, 4, speeds, open_lanes=1) == [1, 1, 1, 1]
-    assert steps(pace, clock, 5, speeds, open_lanes=4) == [2, 2, 4, 4, 4]
-    assert steps(pace, clock, 1, speeds, open_lanes=2) == [2], "no more than there are"
+    pace, speeds = Pace(clock=clock), {(1, 1): 500.0, (2, 1): 650.0, (4, 1): 900.0}
+    assert steps(pace, clock, 4, speeds, open_lanes=1) == [(1, 1)] * 4
+    assert steps(pace, clock, 5, speeds, open_lanes=4) == [(n, 1) for n in (2, 2, 4, 4, 4)]
+    assert steps(pace, clock, 1, speeds, open_lanes=2) == [(2, 1)], "no more than there are"
 
 
 def test_what_goes_together_changes_nothing_but_speed(tiny_model: Models, rows: Any, tmp_path: Path) -> None:
@@ -144,7 +169,7 @@ def test_what_goes_together_changes_nothing_but_speed(tiny_model: Models, rows: 
 
     def group() -> PackedGroup:
         made = group_of(directory, rows)
-        made.pace = Pace()
+        made.pace = Pace(cores=2)
         return made
 
     paced = group()
@@ -152,7 +177,8 @@ def test_what_goes_together_changes_nothing_but_speed(tiny_model: Models, rows: 
     for trial in specs:
         check_close(found[trial], expected[trial])
     assert paced.pace is not None
-    assert {1, 2, 4} <= set(paced.pace.seen)
+    assert {(1, 1), (2, 1)} <= set(paced.pace.seen)
+    assert any(way.beside == 2 for way in paced.pace.seen)
     snapshots.write(tmp_path, paced.snapshot())
     again = group()
     assert again.restore(tmp_path)
