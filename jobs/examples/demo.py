@@ -1,4 +1,5 @@
-"""The whole journey in one file: a real model, real data, a fine-tune, and what it was worth. Run by `make demo`.
+"""The whole journey in one file: a real model, real data, a sweep, its winner behind a route, and what it was worth. Run by
+`make demo`.
 
 Every step is a command that a person would type. The figures go to `build/demo.json`.
 """
@@ -14,9 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
-SPEC = "jobs/examples/finance-entities.yaml"
+SPEC = "jobs/examples/finance-entities-sweep.yaml"
 GOAL = 0.4  # entity F1 on held-out rows; the base model starts at 0
 
 
@@ -28,31 +31,33 @@ def main() -> int:
     adaptory("up", "--no-serve")
     started = time.time()
 
-    step("SmolLM2-135M learns to answer sentences of financial contracts with their entities as JSON")
+    step(
+        "SmolLM2-135M learns to answer sentences of financial contracts with their entities as JSON: how fast, and for how long?"
+    )
     name = free_name("demo")
     adaptory("run", SPEC, "--name", name, "--follow")
     run = asked("runs", "show", name)
+    sweep = asked("sweep", "show", name)
 
-    step("The adapter, byte by byte, and the run's curves")
+    step("Why the winner won, and its adapter byte by byte")
     adapter = run["result"]["adapter"]
+    adaptory("sweep", "plot", name, "--out", str(BUILD / "demo"))
     adaptory("adapters", "verify", adapter)
-    adaptory("runs", "plot", name, "--out", str(BUILD / "demo.png"))
 
-    step("Served beside the base model, and both asked through OpenAI's client")
+    step("Behind its route, beside the base model, and both asked through OpenAI's client")
     asking = time.time()
-    mine = f"{run['tenant']}/{name}"
+    route = f"{run['tenant']}/{yaml.safe_load((ROOT / SPEC).read_text())['serve']['route']}"
+    adaptory("routes", "show", route)
     adaptory("up")
-    adaptory("adapters", "promote", f"{mine}@1", "production")
-    adaptory("routes", "set", mine, "--adapter", f"{mine}@production", "--fallback", "base")
     endpoint = asked("status")["serving"]["url"]
-    answered = answers(endpoint, mine, run)
+    answered = answers(endpoint, route, run)
 
     seconds = {
         "install": installed.get("install"),
         "ray": round(started - began, 1),
         "serving": round(time.time() - asking, 1),
     }
-    figures = figures_of(run, seconds)
+    figures = figures_of(run, sweep, seconds)
     figures["served"] = answered
     figures["seconds"]["total"] = round(time.time() - began + (installed.get("install") or 0.0), 1)
     BUILD.mkdir(exist_ok=True)
@@ -61,8 +66,9 @@ def main() -> int:
     print(
         f"\nEntity F1 on held-out rows: {figures['before']['entity_f1']:.2f} → {reached:.2f}. Figures: build/demo.json"
     )
+    print(f"Why {sweep['best']} won: build/demo/*.png")
     print("It is still served, and Ray is up for your own runs; `.venv/bin/adaptory down` ends both. By hand:")
-    print(f"  .venv/bin/adaptory chat {mine}")
+    print(f"  .venv/bin/adaptory chat {route}")
     print(
         f"  export OPENAI_BASE_URL={endpoint} OPENAI_API_KEY=$(.venv/bin/adaptory keys create --name mine)   # any client"
     )
@@ -125,8 +131,6 @@ def answers(endpoint: str, model: str, run: dict[str, Any]) -> dict[str, Any]:
 
 def held_out_rows(count: int) -> list[list[dict[str, str]]]:
     """The messages before the answer, of the first rows that training never saw."""
-    import yaml
-
     from jobs.data.checking import reference_rows
     from orchestrator.settings import load_settings
 
@@ -141,7 +145,7 @@ def free_name(stem: str) -> str:
     return next(name for name in (stem, *(f"{stem}-{n}" for n in range(2, 1000))) if name not in taken)
 
 
-def figures_of(run: dict[str, Any], seconds: dict[str, Any]) -> dict[str, Any]:
+def figures_of(run: dict[str, Any], sweep: dict[str, Any], seconds: dict[str, Any]) -> dict[str, Any]:
     result = run["result"]
     evaluation = result["evaluation"]
     return {
@@ -150,6 +154,7 @@ def figures_of(run: dict[str, Any], seconds: dict[str, Any]) -> dict[str, Any]:
         "rows": evaluation["rows"],
         "adapter": result["adapter"],
         "metrics": result["metrics"],
+        "sweep": {name: sweep[name] for name in ("expected", "best", "value", "why", "compute")},
         "cpus": os.cpu_count(),
         "seconds": seconds | result["seconds"],
     }
