@@ -95,6 +95,8 @@ def _of_trial(data: dict[str, Any], message: str) -> str:
     names = ("epoch", "loss", "validation_loss", "learning_rate", "tokens")
     figures = [f"step {data['step']}{of}"] if data.get("step") is not None else []
     figures += [f"{name} {number(data[name])}" for name in names if data.get(name) is not None]
+    if isinstance(metrics := data.get("metrics"), dict):
+        figures += [f"{name} {_plainly(value)}" for name, value in metrics.items()]
     said = ", ".join(filter(None, [*figures, str(data.get("message") or message)]))
     return f"{data.get('trial', '')} {data.get('state', '')}".rstrip() + (f": {said}" if said else "")
 

@@ -40,7 +40,7 @@ class TrialResult(BaseModel):
     """Optimiser steps that it took, shared ones too."""
     epochs: float = 0.0
     metrics: dict[str, float] = Field(default_factory=dict)
-    """Last values: `validation_loss`, `train_loss`, and what `evaluate` measured."""
+    """Last values: `validation_loss`, `train_loss`, and `evaluate.metrics` on the validation rows where one of them decides."""
     seconds: float | None = None
     """From its first step to its last. Trials of a group share their time, so these add up to more than the sweep took."""
     message: str = ""

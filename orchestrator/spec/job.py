@@ -177,7 +177,8 @@ class EvaluateSpec(SpecModel):
 
     max_new_tokens: PositiveInt = 128
     rows: PositiveInt | None = None
-    """Use at most this many test rows (the first ones)."""
+    """Use at most this many test rows (the first ones). Trials of a sweep by one of the metrics answer as many validation rows, by
+    default at most 500."""
 
 
 class ServeSpec(SpecModel):
