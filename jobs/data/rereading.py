@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,7 @@ def validation_rows(
     sources = data.train if isinstance(data.validation, float) else data.validation
     chosen = _distinct(prepared.validation)[:most]
     found = _reread(sources, spec, chosen.tolist(), store=store, cache=cache)
-    asked = ((row, *row.question_and_answer()) for row in found if row.text is None)
+    asked = ((row, *row.with_system(spec.system).question_and_answer()) for row in found if row.text is None)
     return [TestRow(messages, row.tools, answer) for row, messages, answer in asked]
 
 
@@ -59,9 +59,8 @@ def example_rows(
     found = {row.number(): row for row in _reread(data.train, spec, drawn, store=store, cache=cache)}
     tested = {_question(row.messages) for row in prepared.test}
     rows = [found[number] for number in drawn if number in found]
-    return [_turns(row.messages) for row in rows if _can_be_shown(row) and _question(row.messages[:-1]) not in tested][
-        :most
-    ]
+    shown = (row for row in rows if _can_be_shown(row) and _question(row.messages[:-1]) not in tested)
+    return [_turns(row.messages) for row in islice(shown, most)]
 
 
 def _reread(
@@ -71,10 +70,9 @@ def _reread(
     left = set(numbers)
     rows = chain.from_iterable(source_rows(source, store=store, cache=cache) for source in sources)
     for conversation, _ in conversations(rows, spec.format) if left else ():
-        row = conversation.with_system(spec.system)
-        if (number := row.number()) in left:
+        if (number := conversation.number()) in left:  # before it gets the system message, as when it became tokens
             left.remove(number)
-            yield row
+            yield conversation
             if not left:
                 return
 
