@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -15,9 +15,18 @@ from jobs.data.render import Renderer
 from orchestrator.modeling.prompts import prompt_ids
 
 
-def with_examples(
-    tokenizer: Any, rows: Sequence[TestRow], examples: Sequence[list[Message]], longest: int
-) -> tuple[list[TestRow], list[int]]:
+@dataclass(frozen=True)
+class Shown:
+    rows: list[TestRow]
+    counts: list[int]
+    """Examples before each."""
+
+    @property
+    def mean(self) -> float:
+        return round(sum(self.counts) / max(1, len(self.counts)), 2)
+
+
+def with_examples(tokenizer: Any, rows: Sequence[TestRow], examples: Sequence[list[Message]], longest: int) -> Shown:
     """Each row with the examples between its system message and its own turns, as many as its prompt has room for.
 
     Args:
@@ -25,7 +34,7 @@ def with_examples(
         longest: most tokens of a prompt.
 
     Returns:
-        The rows, and how many examples each has. A row has none where not one fits, or where the model's chat template refuses them.
+        A row has no example where not one fits, or where the model's chat template refuses them.
     """
     renderer = Renderer(tokenizer)
     asked, counts = [], []
@@ -38,7 +47,7 @@ def with_examples(
             shown, count = row, 0
         asked.append(shown)
         counts.append(count)
-    return asked, counts
+    return Shown(asked, counts)
 
 
 def _shown(row: TestRow, examples: Sequence[list[Message]]) -> TestRow:
