@@ -7,6 +7,7 @@ as its last report, has the metric in it: Optuna draws later trials by it, and n
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ MOST_ROWS = 500
 """That each trial answers where `evaluate.rows` says nothing: of so many, a share has a standard error of two hundredths."""
 AT_ONCE = 32
 """Adapters that the engine holds at a time."""
+BEAT_SECONDS = 60.0
+"""After which ranks that wait hear that rank 0 still answers: a collective that nobody joins for half an hour ends the group."""
 
 Measured = dict[str, Any]
 """What a trial's last report gets: `metrics`, or the `message` that says why there are none."""
@@ -36,6 +39,7 @@ class Measure:
 
     def __init__(self, session: Session, network: Any, tokenizer: Any, rows: Sequence[TestRow]):
         self._session, self._network, self._tokenizer, self._rows = session, network, tokenizer, rows
+        self._beat_at = 0.0
 
     def __call__(self, adapters: Mapping[str, Path]) -> dict[str, Measured]:
         """By trial. Every rank calls it with the same trials; rank 0 answers, and the others wait for what comes of it.
@@ -44,12 +48,26 @@ class Measure:
             adapters: the files of each trial's adapter, which rank 0 has.
         """
         measured: dict[str, Measured] = {}
-        trials, place = list(adapters), self._session.place
+        trials = list(adapters)
         with self._session.phase("evaluating"):
             for start in range(0, len(trials), AT_ONCE):
                 some = {trial: adapters[trial] for trial in trials[start : start + AT_ONCE]}
-                measured |= place.told(self._scores(some) if place.rank == 0 else None)
+                measured |= self._told(some)
         return measured
+
+    def _told(self, adapters: Mapping[str, Path]) -> dict[str, Measured]:
+        place = self._session.place
+        if place.rank == 0:
+            self._beat_at = time.monotonic()
+            return place.told(self._scores(adapters))
+        while (found := place.told(None)) is None:
+            continue
+        return found
+
+    def _beat(self) -> None:
+        if time.monotonic() - self._beat_at >= BEAT_SECONDS:
+            self._session.place.told(None)
+            self._beat_at = time.monotonic()
 
     def _scores(self, adapters: Mapping[str, Path]) -> dict[str, Measured]:
         """Of all in one batch; where that fails, of each alone, so that one of them costs no other its metric."""
@@ -70,6 +88,7 @@ class Measure:
 
         def progress(done: int) -> None:
             self._session.say("progress", phase="evaluating", done=done, total=total)
+            self._beat()
 
         candidates = [Candidate(directory=path) for path in adapters.values()]
         answers = answer(self._network, self._tokenizer, rows, candidates, spec.max_new_tokens, progress)

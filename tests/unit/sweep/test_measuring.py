@@ -98,9 +98,18 @@ def test_one_that_cannot_be_evaluated_costs_no_other_its_metric(
     assert [type for type, *_ in said.events if type == "message"] == ["message"]
 
 
+@pytest.mark.parametrize("beat", [60.0, 0.0])
 def test_of_several_workers_one_answers_and_all_know(
-    base: Path, questions: Any, adapters: Any, tmp_path: Path, as_ranks: Any
+    base: Path,
+    questions: Any,
+    adapters: Any,
+    tmp_path: Path,
+    as_ranks: Any,
+    beat: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Also where it takes so long that the others hear of it after every answer."""
+    monkeypatch.setattr(measuring, "BEAT_SECONDS", beat)
     tokenizer = AutoTokenizer.from_pretrained(base)
 
     def work(place: Place) -> Any:
