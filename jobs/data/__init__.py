@@ -2,8 +2,8 @@
 
 On the machine that submits: `check(spec)` reads every row and raises a `DataError` with file and line, `resolve(spec,
 store=…)` copies local files to the store and names all data by its bytes, `try_rows` tokenises the first rows if the model
-is here. On the cluster: `prepare(data, spec, …)` gives tokenised rows, memory-mapped from the node's cache. To look at:
-`preview(spec, tokenizer=…)`.
+is here. On the cluster: `prepare(data, spec, …)` gives tokenised rows, memory-mapped from the node's cache; `validation_rows` and
+`example_rows` read some of them again as words. To look at: `preview(spec, tokenizer=…)`.
 
 Sources are files (JSONL, JSON, CSV, Parquet, plain lines), globs, directories, `s3://…`, `hf:NAME[:CONFIG][:SPLIT]` and
 `example:NAME/SPLIT`; formats are chat, prompt_completion, alpaca, sharegpt, input_ideal and text.
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jobs.data.preparing import PreparedData, TestRow, prepare
     from jobs.data.previewing import PreviewRow, preview
     from jobs.data.report import DataReport, SplitReport
+    from jobs.data.rereading import example_rows, validation_rows
     from jobs.data.rows import TokenizedRows, Tokens
     from jobs.data.sampling import try_rows
 
@@ -34,6 +35,8 @@ _HOME = {
     "preview": "previewing",
     "DataReport": "report",
     "SplitReport": "report",
+    "example_rows": "rereading",
+    "validation_rows": "rereading",
     "TokenizedRows": "rows",
     "Tokens": "rows",
     "try_rows": "sampling",
@@ -48,10 +51,12 @@ __all__ = [
     "TokenizedRows",
     "Tokens",
     "check",
+    "example_rows",
     "prepare",
     "preview",
     "resolve",
     "try_rows",
+    "validation_rows",
 ]
 
 

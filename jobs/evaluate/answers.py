@@ -26,6 +26,8 @@ class Candidate:
     """The adapter's slot in the model: what the plain path uses."""
     directory: Path | None = None
     """The adapter's files: what the engine loads, as it does when serving."""
+    rows: Sequence[TestRow] | None = None
+    """What it is asked where that differs from what all are: the same rows with examples before them."""
 
 
 BASE = Candidate()
@@ -45,10 +47,18 @@ def answer(
         progress: told how many answers there are.
     """
     renderer = Renderer(tokenizer)
-    prompts = [prompt_ids(tokenizer, renderer.prompt(row.messages, row.tools)) for row in rows]
+
+    def prompts(asked: Sequence[TestRow]) -> list[list[int]]:
+        return [prompt_ids(tokenizer, renderer.prompt(row.messages, row.tools)) for row in asked]
+
     if not rows:
         return [[] for _ in candidates]
-    asked = [(prompt, candidate) for candidate in candidates for prompt in prompts]
+    shared = prompts(rows)
+    asked = [
+        (prompt, candidate)
+        for candidate in candidates
+        for prompt in (shared if candidate.rows is None else prompts(candidate.rows))
+    ]
     end = end_tokens(tokenizer)
     if isinstance(model, Decoder):
         texts = _by_engine(model, tokenizer, asked, end, max_new_tokens, progress)

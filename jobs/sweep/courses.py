@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jobs.sweep import snapshots
 from jobs.sweep.broker import PEERS, RUNG, Config, Orders, Report
+from jobs.sweep.measuring import Measure, Measured
 from jobs.sweep.packed import PackedGroup
 from jobs.sweep.reports import TrialReport
 from jobs.sweep.snapshots import Snapshot
@@ -45,10 +46,14 @@ class Courses:
     """
     Args:
         rows: of training.
+        measure: evaluates trials that finish; None: their validation loss decides.
     """
 
-    def __init__(self, session: Session, group: PackedGroup, base: BaseModel, rows: int):
+    def __init__(
+        self, session: Session, group: PackedGroup, base: BaseModel, rows: int, measure: Measure | None = None
+    ):
         self._session, self._group, self._base, self._rows = session, group, base, rows
+        self._measure = measure
         self._waiting: dict[str, Config] = {}
         self._unclaimed: set[str] = set()
         self._began, self._number = time.monotonic(), 0
@@ -88,8 +93,9 @@ class Courses:
         """One step of every lane; where each trial is then."""
         moved: dict[str, Report] = {}
         reports = self._group.step()
+        measured = self._measured([report.trial for report in reports if report.state == "finished"])
         for report in reports:
-            said = self._said(report, reports)
+            said = self._said(report, reports) | measured.get(report.trial, {})
             if report.validation_loss is not None or report.state != "running":
                 if report.state == "finished":
                     self._keep(report.trial, said)
@@ -156,6 +162,17 @@ class Courses:
                 "seconds": round(time.monotonic() - self._began, 2),
             }
         }  # fmt: skip
+
+    def _measured(self, trials: list[str]) -> dict[str, Measured]:
+        """What those that have just finished score, for their last reports."""
+        if self._measure is None or not trials:
+            return {}
+        with tempfile.TemporaryDirectory(prefix="adaptory-", dir=self._session.cache) as folder:
+            adapters = {trial: Path(folder) / trial for trial in trials}
+            if self._session.place.rank == 0:
+                for trial, directory in adapters.items():
+                    self._group.write_adapter(trial, directory, self._base.loadable_name)
+            return self._measure(adapters)
 
     def _keep(self, trial: str, said: Report) -> None:
         """A finished trial's adapter, in the store: the group may die before the sweep ends.

@@ -132,6 +132,13 @@ def _nobody_won(result: SweepResult) -> AdaptoryError:
             hint=f"Search lower ones: sweep.search.learning_rate from {rates[0] / 100:.1e} to {rates[0] / 3:.1e}, say.",
             learning_rates=rates,
         )
+    finished = [one for one in result.trials if one.state is TrialState.FINISHED]
+    if finished:
+        return JobFailed(
+            f"Of the {len(finished)} trials that came to their end, none has {result.metric}; of {finished[0].name}: "
+            f"{finished[0].message or 'nothing was measured'}.",
+            hint="`adaptory runs logs` says more. Start the sweep anew with a lower evaluate.max_new_tokens, or by the validation loss.",
+        )
     counted = Counter(one.state.value for one in result.trials)
     return JobFailed(
         f"No trial came to its end: {', '.join(f'{n} {state}' for state, n in counted.items())}.",

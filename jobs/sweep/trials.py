@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import dataclass, field
@@ -58,7 +59,7 @@ class Trials:
         self._names: dict[str, str] = store.read_json(names_path(run)) if store.exists(names_path(run)) else {}
         self._known: dict[str, Known] = {}
         self._lock = threading.RLock()
-        self._best: tuple[str, float] | None = None
+        self._best: tuple[str, tuple[float, float]] | None = None
         self.compute = SweepCompute()
 
     def made(self, trials: list[Any]) -> dict[str, int]:
@@ -118,8 +119,8 @@ class Trials:
             one.last = {**one.last, **{name: value for name, value in report.items() if value is not None}}
             self._say(one, TrialState(report["state"]), _words(report))
             value = self._value(one)
-            if value is not None and (self._best is None or self._better(value, self._best[1])):
-                self._best = trial, value
+            if value is not None and (self._best is None or self._order(one, value) < self._best[1]):
+                self._best = trial, self._order(one, value)
                 self._events.emit("sweep", best=one.name, metric=value)
 
     def ended(self, trial: str, state: TrialState, message: str = "") -> None:
@@ -159,8 +160,10 @@ class Trials:
         values = {"validation_loss": one.last.get("validation_loss"), **one.last.get("metrics", {})}
         return values.get(self._sweep.metric)
 
-    def _better(self, value: float, than: float) -> bool:
-        return value < than if self._sweep.better == "min" else value > than
+    def _order(self, one: Known, value: float) -> tuple[float, float]:
+        """The best first; of those with one share of right answers, the one with the lowest loss."""
+        loss = one.last.get("validation_loss")
+        return value if self._sweep.better == "min" else -value, math.inf if loss is None else loss
 
     def _say(self, one: Known, state: TrialState, message: str = "") -> None:
         one.state, one.message = state, message or one.message

@@ -51,10 +51,11 @@ def search(job: JobSpec, at_once: int) -> tuple[dict[str, Any], Searcher | Searc
     listed = configs(job)
     if listed is not None:
         return {CONFIG: tune.grid_search(by_trunk(listed))}, BasicVariantGenerator(max_concurrent=at_once), 1
-    from ray.tune.search.optuna import OptunaSearch
+    from jobs.sweep.learning import Optuna
 
     points = [{f"{CONFIG}/{name}": encoded(value) for name, value in point.items()} for point in suggested(job)]
-    searcher = OptunaSearch(metric=sweep.metric, mode=sweep.better, points_to_evaluate=points or None, seed=sweep.seed)
+    reported = sweep.metric if sweep.metric == "validation_loss" else f"metrics/{sweep.metric}"  # as Tune flattens it
+    searcher = Optuna(metric=reported, mode=sweep.better, points_to_evaluate=points or None, seed=sweep.seed)
     return (
         {CONFIG: {name: domain(one) for name, one in sweep.space.items()}},
         ConcurrencyLimiter(searcher, at_once),

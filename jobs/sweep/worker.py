@@ -14,6 +14,7 @@ import torch
 from jobs.data import PreparedData
 from jobs.sweep.broker import Orders, Report
 from jobs.sweep.courses import Courses
+from jobs.sweep.measuring import measure_of
 from jobs.sweep.packed import PackedGroup
 from jobs.sweep.planning import FULL, Pace, lanes
 from jobs.train.artifact import PUBLISHED, check_effect, load_adapter
@@ -67,7 +68,7 @@ def _run(session: Session, control: Control | None, broker: Any) -> RunResult:
             lanes=lanes(spec, network, place),
             pace=Pace(torch.get_num_threads() if place.device.type == "cpu" else 1, FULL[place.device.type]),
         )
-        courses = Courses(session, group, base, len(data.train))
+        courses = Courses(session, group, base, len(data.train), measure_of(session, network, tokenizer, data))
         courses.restore()
     with session.phase("training"):
         end = _train(session, control, broker, courses)

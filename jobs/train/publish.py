@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.data import PreparedData, TestRow
-from jobs.evaluate import BASE, Candidate, answer, compare
+from jobs.data import PreparedData
 from jobs.train.artifact import PUBLISHED, check_same, load_adapter, write_full_weights, write_trained_adapter
+from jobs.train.evaluation import evaluate, fresh
 from jobs.train.fence import check_still_ours
 from jobs.train.session import Session
-from jobs.train.setup import Trainable, give_back_freed_memory, load_network
+from jobs.train.setup import Trainable, give_back_freed_memory
 from orchestrator.modeling.base_model import BaseModel
 from orchestrator.modeling.decoder import Decoder, adapter_tensors
 from orchestrator.modeling.loading import DTYPES, full_tensors, load_model
@@ -54,7 +53,7 @@ def publish(session: Session, trainable: Trainable, base: BaseModel, tokenizer: 
             probes = check_same(
                 trained,
                 lambda: published.logits(probe, keep, None if full else PUBLISHED).float(),
-                lambda: (_fresh(session, base) if full else published).logits(probe, keep, None).float(),
+                lambda: (fresh(session, base) if full else published).logits(probe, keep, None).float(),
                 tolerance=0.0 if published is trainable.network else 1e-4 if spec.train.dtype == "float32" else 2e-2,
             )
         return publish_checked(session, directory, published, base, tokenizer, data, probes)
@@ -75,7 +74,7 @@ def publish_checked(
         published: a network that holds what the files in `directory` say.
         probes: what was measured when they were compared.
     """
-    evaluation = _evaluate(session, published, directory, base, tokenizer, data.test) if session.spec.evaluate else None
+    evaluation = evaluate(session, published, directory, base, tokenizer, data) if session.spec.evaluate else None
     with session.phase("publishing"):
         check_still_ours(session.store, session.resolved.run, session.attempt)
         provenance = _provenance(session, base, data, evaluation, probes)
@@ -106,40 +105,9 @@ def _loaded_back(directory: Path, session: Session, trainable: Trainable, base: 
     if isinstance(spec.tuning, FullTuning):
         return load_model(directory, dtype=DTYPES[spec.train.dtype], device=session.place.device).eval()
     whole = trainable.model is trainable.network or spec.deepspeed.stage != 3
-    network = trainable.network if whole else _fresh(session, base)
+    network = trainable.network if whole else fresh(session, base)
     load_adapter(network, PUBLISHED, directory)
     return network.eval()
-
-
-def _fresh(session: Session, base: BaseModel) -> Decoder | PlainDecoder:
-    """The base as it was, whole, on this rank alone."""
-    return load_network(session.spec, base, session.place, whole=True).eval()
-
-
-def _evaluate(
-    session: Session,
-    published: Decoder | PlainDecoder,
-    artifact: Path,
-    base: BaseModel,
-    tokenizer: Any,
-    test: list[TestRow],
-) -> EvaluationResult:
-    spec = session.spec.evaluate
-    assert spec is not None
-    rows = test[: spec.rows]
-
-    def progress(offset: int) -> Callable[[int], None]:
-        return lambda done: session.say("progress", phase="evaluating", done=offset + done, total=2 * len(rows))
-
-    with session.phase("evaluating"):
-        progress(0)(0)
-        if isinstance(session.spec.tuning, FullTuning):
-            (before,) = answer(_fresh(session, base), tokenizer, rows, [BASE], spec.max_new_tokens, progress(0))
-            (after,) = answer(published, tokenizer, rows, [BASE], spec.max_new_tokens, progress(len(rows)))
-        else:
-            candidates = [BASE, Candidate(PUBLISHED, artifact)]
-            before, after = answer(published, tokenizer, rows, candidates, spec.max_new_tokens, progress(0))
-    return compare(spec, rows, before, after)
 
 
 def _provenance(

@@ -41,6 +41,10 @@ class Session:
     """Told of each checkpoint (metrics, path in the store) on every rank: Ray Train's barrier."""
     progress: Progress = field(default_factory=lambda: Progress(step=0, total_steps=0))
     _phase: str = ""
+    _open: list[str] = field(default_factory=list)
+    """Phases that have begun and not ended, each within the one before it."""
+    _inside: float = 0.0
+    """Seconds that went to phases within the innermost one."""
 
     @property
     def spec(self) -> JobSpec:
@@ -53,16 +57,26 @@ class Session:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the seconds of a phase, and say it once: publishing goes on after evaluating, which a job may not do."""
-        if name != self._phase:
-            self.say("phase", phase=name)
-            self._phase = name
-        start = time.perf_counter()
+        """Count the seconds of a phase, and say it once: publishing goes on after evaluating, which a job may not do. A phase within
+        another one has its seconds to itself, and the other is said again when it goes on."""
+        self._say_phase(name)
+        self._open.append(name)
+        start, before, self._inside = time.perf_counter(), self._inside, 0.0
         try:
             with explained_exhaustion(name, self.cache):
                 yield
         finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 2)
+            took = time.perf_counter() - start
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + took - self._inside, 2)
+            self._inside = before + took
+            self._open.pop()
+        if self._open:
+            self._say_phase(self._open[-1])
+
+    def _say_phase(self, name: str) -> None:
+        if name != self._phase:
+            self.say("phase", phase=name)
+            self._phase = name
 
     def metrics(self) -> dict[str, float]:
         """The last values, those that are numbers."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orchestrator.commands.backend import Backend, complete_version
+from orchestrator.commands.following import before_after
 from orchestrator.commands.output import (
     Json,
     console,
@@ -197,12 +198,7 @@ def _show(summary: AdapterSummary, provenance: Provenance, versions: list[Adapte
         out.print(fields([(name, number(value)) for name, value in provenance.metrics.items()], title="Metrics"))
     if measured:
         out.print()
-        result = table(
-            "metric", "before", "after", title=f"On {measured.rows} held-out rows", right=("before", "after")
-        )
-        for name, after in measured.after.items():
-            result.add_row(name, number(measured.before.get(name, float("nan"))), number(after))
-        out.print(result)
+        out.print(before_after(measured))
 
 
 def _url(store: str, digest: str) -> str:

@@ -95,6 +95,8 @@ def _of_trial(data: dict[str, Any], message: str) -> str:
     names = ("epoch", "loss", "validation_loss", "learning_rate", "tokens")
     figures = [f"step {data['step']}{of}"] if data.get("step") is not None else []
     figures += [f"{name} {number(data[name])}" for name in names if data.get(name) is not None]
+    if isinstance(metrics := data.get("metrics"), dict):
+        figures += [f"{name} {_plainly(value)}" for name, value in metrics.items()]
     said = ", ".join(filter(None, [*figures, str(data.get("message") or message)]))
     return f"{data.get('trial', '')} {data.get('state', '')}".rstrip() + (f": {said}" if said else "")
 
@@ -249,20 +251,27 @@ def _took(run: Run) -> str:
 
 
 def before_after(evaluation: EvaluationResult) -> Any:
-    title = f"On {evaluation.rows} held-out rows"
-    result = table("metric", "before", "after", "change", title=title, right=("before", "after", "change"))
+    """What the base model scores, with examples before each question too where the spec asked for it, and what the trained one does."""
+    few_shot = evaluation.few_shot
+    shown = [] if few_shot is None else [f"{evaluation.examples:g}-shot"]
+    columns = ["metric", "before", *shown, "after", "change"]
+    result = table(*columns, title=f"On {evaluation.rows} held-out rows", right=columns[1:])
     for name, after in evaluation.after.items():
         before = evaluation.before.get(name)
         change = "" if before is None else f"{after - before:+.3f}"
-        result.add_row(name, "" if before is None else f"{before:.3f}", f"{after:.3f}", change)
+        cells = [before] if few_shot is None else [before, few_shot.get(name)]
+        result.add_row(name, *("" if value is None else f"{value:.3f}" for value in [*cells, after]), change)
     return result
 
 
 def answers(evaluation: EvaluationResult, most: int = 3) -> Any:
     """A few held-out rows side by side."""
-    result = table("asked", "expected", "before", "after", title="Answers")
+    shown = [] if evaluation.few_shot is None else [f"{evaluation.examples:g}-shot"]
+    result = table("asked", "expected", "before", *shown, "after", title="Answers")
     for sample in evaluation.samples[:most]:
-        result.add_row(*(_cut(text) for text in (sample.prompt, sample.expected, sample.before, sample.after)))
+        between = [sample.few_shot or ""] if shown else []
+        texts = sample.prompt, sample.expected, sample.before, *between, sample.after
+        result.add_row(*(_cut(text) for text in texts))
         result.add_section()
     return result
 

@@ -111,9 +111,10 @@ def _lines(name: str, progress: SweepProgress, events: Iterable[Event | None], o
             out.print(_clean(following.stamped(event)), style=following.STYLES.get(event.level, ""), soft_wrap=True)
         words = []
         if trial is not None:
-            now = (trial.state, trial.validation_loss, trial.message if trial.state.over else "")
+            value = trial.metrics.get(progress.metric)
+            now = (trial.state, trial.validation_loss, value, trial.message if trial.state.over else "")
             if now != seen.get(trial.name):
-                words.append(_change(trial, first=trial.name not in seen))
+                words.append(_change(trial, progress.metric, first=trial.name not in seen))
                 seen[trial.name] = now
         if (placed := showing_sweeps.placed(progress)) != plan:
             plan = placed
@@ -126,13 +127,14 @@ def _lines(name: str, progress: SweepProgress, events: Iterable[Event | None], o
             out.print(_clean(f"{following.clock(event)} {text}"), soft_wrap=True)
 
 
-def _change(trial: Trial, *, first: bool) -> str:
+def _change(trial: Trial, metric: str, *, first: bool) -> str:
     """`t05 running: learning_rate 0.001, epochs 3 · epoch 1.0 · loss 0.4120 · validation 0.3880`"""
     parts = [
         configuration(trial.config) if first else "",
         f"epoch {trial.epoch:.1f}" if trial.step else "",
         f"loss {figure(trial.loss)}" if trial.loss is not None else "",
         f"validation {figure(trial.validation_loss)}" if trial.validation_loss is not None else "",
+        f"{metric} {figure(trial.metrics[metric])}" if metric in trial.metrics else "",
         trial.message if trial.state.over else "",
     ]
     said = " · ".join(part for part in parts if part)

@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.commands.following import before_after
 from orchestrator.commands.output import console, duration, fields, listing, number
 from orchestrator.runs import winner
 from orchestrator.runs.states import TrialState
@@ -154,6 +155,8 @@ def show_sweep(run: Run, progress: SweepProgress) -> None:
     out.print()
     if run.settled:
         show_outcome(run, progress)
+        if run.result and run.result.evaluation:
+            out.print(before_after(run.result.evaluation))
     elif progress.named:
         out.print(trial_table(progress, progress.trials, out.width))
         out.print(
@@ -177,6 +180,7 @@ def details(run: Run, progress: SweepProgress) -> dict[str, Any]:
         "trials": [_plain(trial) for trial in trials],
         "plan": progress.plan,
         "compute": progress.compute,
+        "evaluation": run.result.evaluation.model_dump(mode="json") if run.result and run.result.evaluation else None,
         "why": winner.reasons(progress, winner.search_space(run)) if trials else [],
         "importance": {**asdict(mattered), "method": winner.METHOD} if mattered else None,
         "seconds_left": None if progress.settled else progress.seconds_left(time.time()),

@@ -16,6 +16,7 @@ class AnswerSample(BaseModel):
     prompt: str
     expected: str
     before: str
+    few_shot: str | None = None
     after: str
 
 
@@ -23,6 +24,10 @@ class EvaluationResult(BaseModel):
     rows: int
     before: dict[str, float]
     """Metric name → value in 0..1, of the base model."""
+    few_shot: dict[str, float] | None = None
+    """The same of the base model with worked examples before each question; None: not asked for, or not possible."""
+    examples: float = 0.0
+    """How many, on average over the rows: fewer than the spec says where a prompt had no room."""
     after: dict[str, float]
     """The same of the fine-tuned model."""
     samples: list[AnswerSample] = []
@@ -40,7 +45,7 @@ class TrialResult(BaseModel):
     """Optimiser steps that it took, shared ones too."""
     epochs: float = 0.0
     metrics: dict[str, float] = Field(default_factory=dict)
-    """Last values: `validation_loss`, `train_loss`, and what `evaluate` measured."""
+    """Last values: `validation_loss`, `train_loss`, and `evaluate.metrics` on the validation rows where one of them decides."""
     seconds: float | None = None
     """From its first step to its last. Trials of a group share their time, so these add up to more than the sweep took."""
     message: str = ""

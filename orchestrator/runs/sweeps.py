@@ -178,15 +178,16 @@ class SweepProgress(_Newest):
     # what follows from it
 
     def ranked(self) -> list[Trial]:
-        """Trials that have the metric, the best first; those that ended whole before those that did not, where they are equal."""
+        """Trials that have the metric, the best first; where they are equal, those that ended whole before those that did not, and the
+        lowest validation loss first."""
         with_value = [(trial.value(self.metric), trial) for trial in self.trials]
         sign = 1 if self.mode == "min" else -1
         found = [
-            (sign * value, trial.state is not TrialState.FINISHED, trial)
+            (sign * value, trial.state is not TrialState.FINISHED, _loss(trial), trial)
             for value, trial in with_value
             if value is not None
         ]
-        return [trial for *_, trial in sorted(found, key=lambda item: item[:2])]
+        return [trial for *_, trial in sorted(found, key=lambda item: item[:3])]
 
     @property
     def best(self) -> Trial | None:
@@ -256,6 +257,10 @@ def _state(word: Any) -> TrialState | None:
         return TrialState(word)
     except ValueError:  # of a later version
         return None
+
+
+def _loss(trial: Trial) -> float:
+    return math.inf if trial.validation_loss is None else trial.validation_loss
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:

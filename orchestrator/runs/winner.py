@@ -110,6 +110,8 @@ def _distance(progress: SweepProgress, best: Trial, value: float) -> str:
     other = next((trial for trial in progress.ranked() if trial is not best), None)
     if other is None or (second := other.value(metric)) is None:
         return f"{best.name} is the only trial with a {metric}."
+    if second == value and metric != "validation_loss":
+        return f"{best.name} and {other.name} are equal by {metric}; {best.name} has the lower validation loss."
     gap = abs(second - value)
     share = gap / abs(second) if second else 0.0
     words = f"{best.name} is {figure(gap)} ({share:.1%}) better than {other.name}, the second by {metric}"

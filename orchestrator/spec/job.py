@@ -171,13 +171,23 @@ class ResourcesSpec(SpecModel):
     """Worker failures a run survives by resuming from its last checkpoint."""
 
 
+class BaselineSpec(SpecModel):
+    few_shot: Annotated[int, Field(ge=1, le=64)]
+    """Training rows that the base model is shown before each question, drawn by `train.seed` and never from `data.test`; fewer where the
+    model's context has no room for all."""
+
+
 class EvaluateSpec(SpecModel):
     metrics: list[Literal["exact_match", "json_valid", "entity_f1"]] = Field(default=["exact_match"])
     """Measured on `data.test` before and after training, by generating each answer greedily."""
 
+    baseline: BaselineSpec | None = None
+    """What the trained model has to beat besides the bare base model, for instance `{few_shot: 3}`."""
+
     max_new_tokens: PositiveInt = 128
     rows: PositiveInt | None = None
-    """Use at most this many test rows (the first ones)."""
+    """Use at most this many test rows (the first ones). Trials of a sweep by one of the metrics answer as many validation rows, by
+    default at most 500."""
 
 
 class ServeSpec(SpecModel):

@@ -19,7 +19,6 @@ from orchestrator.spec.job import JobSpec
 FieldPath = tuple[str | int, ...]
 
 _LATER = {
-    ("evaluate", "baseline"): "A few-shot baseline is not in this version yet.",
     ("evaluate", "gate"): "Gates are not in this version yet.",
 }
 _LATER_METHODS = ("dpo", "orpo", "kto", "grpo")

@@ -73,7 +73,8 @@ class SweepSpec(SpecModel):
     """Of asha: one of so many trials goes on after each rung; by default 3."""
 
     metric: Literal["validation_loss", "exact_match", "json_valid", "entity_f1"] = "validation_loss"
-    """What decides which trial is best: the validation loss at its end, or one of `evaluate.metrics`."""
+    """What decides which trial is best at its end: the validation loss, or one of `evaluate.metrics` on the validation rows; `data.test`
+    is kept for the winner. Schedulers go by the validation loss in any case."""
 
     mode: Literal["min", "max"] | None = None
     """Whether less or more is better; by default as the metric has it."""

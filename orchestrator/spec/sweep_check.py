@@ -125,10 +125,11 @@ def _not_taken(
 
 def _metric(job: JobSpec, sweep: SweepSpec) -> Iterator[InitErrorDetails]:
     place = ("metric",)
+    if _unvalidated(job):
+        words = f"`sweep.metric` {sweep.metric} is reported by nobody, since data.validation is 0"
+        yield _wrong(place, words, "Set data.validation to a fraction such as 0.1, or to a file.", sweep.metric)
     if sweep.metric == "validation_loss":
-        if _unvalidated(job):
-            words = "`sweep.metric` validation_loss is reported by nobody, since data.validation is 0"
-            yield _wrong(place, words, "Set data.validation to a fraction such as 0.1, or to a file.", sweep.metric)
+        pass
     elif job.evaluate is None:
         words = f"`sweep.metric` {sweep.metric} is reported by nobody, since there is no `evaluate`"
         yield _wrong(place, words, f"Add evaluate: {{metrics: [{sweep.metric}]}}, and data.test.", sweep.metric)
@@ -149,9 +150,6 @@ def _scheduler(job: JobSpec, sweep: SweepSpec) -> Iterator[InitErrorDetails]:
             words = "`sweep.grace` means nothing where no scheduler stops a trial"
             yield _wrong(("grace",), words, "Remove it, or use asha.", sweep.grace)
         return
-    if _unvalidated(job) and sweep.metric != "validation_loss":
-        words = f"`sweep.scheduler` {sweep.scheduler} judges trials by their validation loss, and data.validation is 0"
-        yield _wrong(("scheduler",), words, "Set data.validation, or scheduler: none.", sweep.scheduler)
     first = min(1.0, *_epochs(job, sweep))
     if sweep.grace_epochs < first:
         words = f"`sweep.grace` is {sweep.grace_epochs:g} epochs, and trials report first after {first:g}"

@@ -5,6 +5,7 @@ Each sweep is `python -m jobs.sweep` in a process of its own, on a tiny model in
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -36,6 +37,9 @@ TRUNKS = {
 }
 LONG = TRUNKS | {"search": {"learning_rate": {"grid": [2e-3, 5e-3]}, "epochs": {"grid": [1, 40]}}}
 WSD = {"schedule": "warmup_stable_decay", "decay": 0.25, "warmup": 0.1}
+
+
+EVALUATE = {"metrics": ["exact_match", "entity_f1"], "max_new_tokens": 64}
 
 
 class Running:
@@ -218,6 +222,60 @@ def test_all_diverge(make_job: Any, start: Any) -> None:
     assert result.state is RunState.FAILED
     assert result.error is not None
     assert result.error["message"] == "All 2 trials diverged, at learning rates from 80 to 90."
+
+
+@pytest.fixture
+def by_answers(make_job: Any, entities_rows: Any, tmp_path: Path) -> Callable[..., Any]:
+    """`by_answers(sweep)`: eight rows that a tiny model learns by heart within sixty steps, to train on, to choose by and to test."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in entities_rows[:8]), encoding="utf-8")
+    data = dict.fromkeys(("train", "validation", "test"), str(rows))
+    train = {"learning_rate": 1e-2, "warmup_steps": 2, "epochs": 60}
+    return lambda sweep, **more: make_job(
+        sweep=sweep, data=data, train=train, tuning={"type": "lora", "rank": 16}, evaluate=EVALUATE, **more
+    )
+
+
+def test_the_best_answers_win(by_answers: Any, start: Any) -> None:
+    space = {"search": {"epochs": {"grid": [20, 40, 60]}}, "searcher": "grid", "scheduler": "none"}
+    running = start(by_answers(space | {"metric": "entity_f1"}))
+    result = running.end()
+    sweep = trials(result)
+    f1 = {one.name: one.metrics["entity_f1"] for one in sweep.trials}
+    assert sweep.best == max(f1, key=lambda name: f1[name])
+    assert f1[sweep.best] > min(f1.values()) == 0.0, "sixty steps are enough and twenty are not"
+    assert result.evaluation is not None
+    assert sweep.winner is not None
+    measured = {name: sweep.winner.metrics[name] for name in EVALUATE["metrics"]}
+    assert measured == result.evaluation.after, "the rows are the same here"
+    finished = [event.data for event in running.events("trial") if event.data["state"] == "finished"]
+    assert {data["trial"]: data["metrics"]["entity_f1"] for data in finished} == f1
+    assert [event.data["metric"] for event in running.events("sweep") if "best" in event.data][-1] == f1[sweep.best]
+    assert result.seconds["evaluating"] > 0
+
+
+def test_optuna_goes_by_answers_and_a_killed_group_loses_none(by_answers: Any, start: Any) -> None:
+    """Epochs are not searched by halves: trials finish apart, and those after the kill are measured by another process."""
+    space = {"search": {"epochs": {"randint": [20, 70]}}, "searcher": "optuna", "trials": 5}
+    running = start(by_answers(space | {"metric": "exact_match", "scheduler": "none"}, resources={"max_failures": 2}))
+    running.until(lambda: [e for e in running.events("trial") if e.data["state"] == "finished"])
+    kill("RayTrainWorker")
+    sweep = trials(running.end())
+    assert [one.state for one in sweep.trials] == [TrialState.FINISHED] * 5
+    matched = [one.metrics["exact_match"] for one in sweep.trials]
+    assert sweep.winner is not None
+    assert sweep.winner.metrics["exact_match"] == max(matched) > 0
+
+
+def test_no_row_to_choose_by_is_said_before_anything_is_trained(make_job: Any, start: Any, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "words"}\n' * 4, encoding="utf-8")
+    job = make_job()
+    data = job.resolved.spec.data.model_dump() | {"validation": str(rows)}
+    result = start(make_job(name="none", data=data, sweep=TRUNKS | {"metric": "exact_match"}, evaluate=EVALUATE)).end()
+    assert result.state is RunState.FAILED
+    assert result.error is not None
+    assert "none of them has a question and an answer" in result.error["message"]
 
 
 def values(sweep: SweepResult) -> dict[str, float]:

@@ -73,6 +73,21 @@ def test_it_learns_publishes_and_evaluates(make_job: Make, heard: Any, tuning: s
     assert summary.base_model == job.resolved.spec.base_model
 
 
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_the_base_is_asked_with_training_rows_before_each_question_too(make_job: Make, heard: Any, tuning: str) -> None:
+    def evaluated(name: str, **baseline: Any) -> Any:
+        result = make_job(name=name, tuning=TUNINGS[tuning], evaluate=EVALUATE | baseline).work(said := heard())
+        assert result.state is RunState.SUCCEEDED, result.error
+        return result.evaluation, [data["done"] for kind, _, data in said.lines if kind == "progress" if data["total"]]
+
+    bare, done = evaluated("bare")
+    assert (bare.few_shot, bare.examples, done) == (None, 0.0, list(range(7)))
+    shown, done = evaluated("shown", baseline={"few_shot": 2})
+    assert (shown.few_shot.keys(), shown.examples, done) == (bare.after.keys(), 2.0, list(range(10)))
+    assert [(one.before, one.after) for one in shown.samples] == [(one.before, one.after) for one in bare.samples]
+    assert [one.few_shot for one in shown.samples] != [one.before for one in shown.samples]
+
+
 @pytest.mark.parametrize("tuning", ["lora", "rslora"])
 def test_stock_peft_gives_the_same_logits(make_job: Make, tmp_path: Path, tuning: str) -> None:
     """fp32, within 1e-4."""

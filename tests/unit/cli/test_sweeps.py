@@ -20,7 +20,7 @@ from orchestrator.commands.following import line
 from orchestrator.commands.plot_sweep import _against_rate, _figure, save
 from orchestrator.runs.client import JobStatus
 from orchestrator.runs.events import Event, EventWriter
-from orchestrator.runs.result import SweepCompute, SweepResult, TrialResult
+from orchestrator.runs.result import AnswerSample, EvaluationResult, SweepCompute, SweepResult, TrialResult
 from orchestrator.runs.states import RunState, TrialState
 from orchestrator.runs.sweeps import SweepProgress, trials_to_stop
 from orchestrator.spec.sweep import configs
@@ -283,6 +283,8 @@ def test_before_the_first_trial_a_terminal_says_what_goes_on():
     [
         (said(0, trial="t01", state="running", step=4, total_steps=8, loss=0.5), "t01 running: step 4/8, loss 0.5"),
         (said(0, trial="t01", state="stopped", message="by the scheduler"), "t01 stopped: by the scheduler"),
+        (said(0, trial="t01", state="finished", metrics={"entity_f1": 0.5}), "t01 finished: entity_f1 0.5"),
+        (said(0, trial="t01", state="finished", metrics="?"), "t01 finished"),
         (said(0, trial="t01"), "t01"),
         (said(0, "sweep", best="t01", metric=0.5), "best t01, metric 0.5"),
         (said(0, "sweep", message="The sweep is done."), "The sweep is done."),
@@ -309,6 +311,47 @@ def test_show_tells_which_trial_won_and_why(adaptory, wide, succeeds):
     assert "better than t03" in whole["why"][0]
     assert adaptory("runs", "show", "wide").out.count("t04, validation_loss 0.3000") == 1
     assert adaptory("runs", "show", "wide", "--json").json["result"]["sweep"]["best"] == "t04"
+
+
+def measured(store: Store, run: str, attempt: int, plays: SimpleNamespace) -> JobStatus:
+    """Two trials whose answers and whose losses disagree on which is the better, and what the winner came to on test rows."""
+    writer, results = EventWriter(store, run, attempt, "driver"), []
+    for name, rate, loss, f1 in (("t01", 1e-4, 0.2, 0.5), ("t02", 1e-3, 0.6, 0.75)):
+        config = {"train.learning_rate": rate}
+        figures = {"validation_loss": loss, "metrics": {"entity_f1": f1}}
+        writer.emit("trial", trial=name, config=config, state="finished", step=2, epoch=1.0, **figures)
+        metrics = {"validation_loss": loss, "entity_f1": f1}
+        results.append(TrialResult(name=name, config=config, state=TrialState.FINISHED, steps=2, metrics=metrics))
+    writer.close()
+    sweep = SweepResult(trials=results, best="t02", metric="entity_f1", mode="max", placement="packed")
+    scores = {"before": {"entity_f1": 0.0}, "few_shot": {"entity_f1": 0.25}, "after": {"entity_f1": 0.7}}
+    sample = AnswerSample(prompt="Who?", expected="Ada", before="I", few_shot="you", after="Ada")
+    evaluation = EvaluationResult(rows=9, examples=2.5, samples=[sample], **scores)
+    plays.ends(store, run, attempt, adapter=plays.digest, sweep=sweep, evaluation=evaluation)
+    return JobStatus.SUCCEEDED
+
+
+def test_a_sweep_by_a_metric_shows_it_wherever_there_were_losses(adaptory, wide, memory_cluster, plays, tmp_path):
+    memory_cluster.plays = lambda store, run, attempt: measured(store, run, attempt, plays)
+    asked = [
+        "data.test=rows.jsonl",
+        "evaluate={metrics: [entity_f1], baseline: {few_shot: 3}}",
+        "sweep.metric=entity_f1",
+    ]
+    answer = adaptory("run", wide, "--follow", *(word for text in asked for word in ("--set", text)))
+    assert answer.code == 0, answer.err
+    assert re.search(r"^\S+ t02 finished: .*validation 0.6000 · entity_f1 0.7500$", answer.out, re.MULTILINE)
+    assert "best so far: t02, entity_f1 0.7500" in answer.out
+    assert re.search(r"asked +expected +before +2.5-shot +after", answer.out)
+    assert re.search(r"Who\? +Ada +I +you +Ada", answer.out)
+    for command in (["sweep", "show"], ["runs", "show"]):
+        out = adaptory(*command, "wide").out
+        assert re.search(r"metric +before +2.5-shot +after +change", out)
+        assert re.search(r"entity_f1 +0.000 +0.250 +0.700 +\+0.700", out)
+    whole = adaptory("sweep", "show", "wide", "--json").json
+    assert (whole["best"], whole["value"], whole["evaluation"]["few_shot"]) == ("t02", 0.75, {"entity_f1": 0.25})
+    assert "t02 is 0.2500 (50.0%) better than t01, the second by entity_f1" in whole["why"][0]
+    assert adaptory("sweep", "plot", "wide", "--out", tmp_path / "plots").code == 0
 
 
 def test_show_while_it_runs_tells_where_its_trials_are(adaptory, wide, goes_on):

@@ -143,6 +143,14 @@ def test_the_best_is_of_the_finished_ones_first_and_by_the_mode():
     assert progress.best is progress.named["t02"], "a name that nobody bears"
 
 
+def test_of_equal_shares_of_right_answers_the_lowest_loss_is_first():
+    progress = SweepProgress(metric="exact_match", mode="max")
+    for number, (name, loss) in enumerate([("t01", 0.4), ("t02", 0.2), ("t03", 0.3)]):
+        progress.take(trial(number, name, "finished", validation_loss=loss, metrics={"exact_match": 0.5}))
+    assert [one.name for one in progress.ranked()] == ["t02", "t03", "t01"]
+    assert progress.best is progress.named["t02"]
+
+
 def test_the_time_left_follows_from_the_steps_so_far_unless_the_job_says_it():
     progress = SweepProgress(expected=3)
     progress.take(trial(0, "t01", "running", step=0, total_steps=20))

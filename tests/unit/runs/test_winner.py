@@ -49,6 +49,13 @@ def test_two_parameters_share_and_the_larger_comes_first():
     assert 0.9 < found.shares["train.epochs"] < 1.0
 
 
+def test_equal_by_the_metric_is_said_and_what_decided_then():
+    one, two = trial(1, 0.4, learning_rate=1e-3), trial(2, 0.2, learning_rate=1e-4)
+    one.metrics = two.metrics = {"exact_match": 0.5}
+    progress = SweepProgress(metric="exact_match", mode="max", named={"t01": one, "t02": two}, settled=True)
+    assert reasons(progress, {})[0] == "t02 and t01 are equal by exact_match; t02 has the lower validation loss."
+
+
 def test_what_is_chance_has_next_to_nothing():
     """Of as many groups, the plain share of variance would say a third or so."""
     generator = random.Random(1)

@@ -153,6 +153,9 @@ def test_reading_a_sweep_imports_nothing_heavy():
         (EPOCHS + "budget: {tokens: 0}", 7, "budget.tokens", "at least 1"),
         (EPOCHS + "metric: val_loss", 7, "metric", "Did you mean validation_loss?"),
         (EPOCHS + "metric: entity_f1", 7, "metric", "reported by nobody, since there is no `evaluate`"),
+        (EPOCHS + "metric: f1", 7, "metric", "exact_match, json_valid or entity_f1"),
+        (EPOCHS + "metric: [entity_f1]", 7, "metric", "validation_loss, exact_match"),
+        (EPOCHS + "metric: true", 7, "metric", "is true; allowed: validation_loss"),
         (EPOCHS + "mode: max", 7, "mode", "would choose the worst trial by validation_loss"),
         (EPOCHS + "grace: 0.5", 7, "grace", "trials report first after 1. Write at least 1"),
         (EPOCHS + "scheduler: median\ngrace: 0.5", 8, "grace", "trials report first after 1"),
@@ -216,12 +219,15 @@ def test_what_the_rest_of_the_spec_says_counts(written: str, before: str, overri
         sweep(written, before, override)
 
 
-def test_a_scheduler_needs_rows_to_judge_by():
-    written = EPOCHS + "metric: json_valid"
-    evaluate = "evaluate: {metrics: [json_valid]}\n"
+@pytest.mark.parametrize("scheduler", ["asha", "none"])
+def test_a_metric_needs_validation_rows_to_choose_by(scheduler: str):
+    written = EPOCHS + f"metric: json_valid\nscheduler: {scheduler}"
+    evaluate = "evaluate: {metrics: [exact_match, json_valid]}\n"
     error = refused(written, evaluate, "data.test=t.jsonl", "data.validation=0")
-    assert "judges trials by their validation loss" in str(error)
-    sweep(written, evaluate, "data.test=t.jsonl", "data.validation=0", "sweep.scheduler=none")
+    assert "`sweep.metric` json_valid is reported by nobody, since data.validation is 0" in str(error)
+    found = sweep(written, evaluate, "data.test=t.jsonl").sweep
+    assert found is not None
+    assert (found.metric, found.better) == ("json_valid", "max")
 
 
 def test_every_problem_is_told_at_once():

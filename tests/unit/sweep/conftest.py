@@ -103,9 +103,10 @@ def group_of(
     lanes: int = 16,
     dtype: torch.dtype = torch.float32,
     place: Place | None = None,
+    network: Any = None,
 ) -> PackedGroup:
     place = place or Place()
-    network = load_model(directory, dtype=dtype, device=place.device)
+    network = network or load_model(directory, dtype=dtype, device=place.device)
     return PackedGroup(network, rows, validation_rows, place, tokens_at_once=tokens_at_once, lanes=lanes)
 
 

@@ -51,6 +51,22 @@ def test_optuna_begins_with_what_is_good_most_often_and_gives_back_lists() -> No
     assert all(one["tuning.targets"] in search["targets"]["choice"] for one in drawn)  # type: ignore[operator]
 
 
+def test_optuna_learns_a_metric_that_only_a_last_report_has() -> None:
+    search = {"learning_rate": {"loguniform": [1e-5, 3e-3]}}
+    spec = job().model_dump() | {"evaluate": {"metrics": ["entity_f1"]}, "data": {"train": "t", "test": "u"}}
+    spec["sweep"] = {"search": search, "searcher": "optuna", "metric": "entity_f1", "trials": 4}
+    space, limited, _ = tuning.search(JobSpec.model_validate(spec), 16)
+    searcher = limited.searcher  # type: ignore[union-attr]
+    searcher.set_search_properties(None, None, space)
+    for trial, last in (("good", {"metrics": {"entity_f1": 0.7}}), ("stopped", {})):
+        searcher.suggest(trial)
+        searcher.on_trial_result(trial, flatten_dict({"validation_loss": 1.0, "training_iteration": 1}))  # as Tune does
+        searcher.on_trial_complete(trial, flatten_dict({"validation_loss": 0.5, "training_iteration": 2} | last))
+    found = searcher._ot_study.get_trials()
+    assert [(one.value, one.state.name) for one in found] == [(0.7, "COMPLETE"), (None, "PRUNED")]
+    assert searcher._ot_study.direction.name == "MAXIMIZE"
+
+
 @pytest.fixture
 def asha() -> Any:
     """Two trials have done one epoch each, well and badly."""
