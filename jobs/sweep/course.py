@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from jobs.train.artifact import lora_shape
@@ -41,8 +40,7 @@ class Course:
 
     def reports(self, step: int) -> bool:
         """Whether validation is due after `step` steps: at the end of each epoch, and at the end."""
-        epochs = self.batches.epoch
-        return step == self.total_steps or math.floor(epochs(step)) > math.floor(epochs(step - 1))
+        return step == self.total_steps or self.batches.ends_epoch(step)
 
 
 def why_alone(spec: JobSpec, network: Decoder | PlainDecoder) -> str | None:
