@@ -15,7 +15,7 @@ from jobs import workers
 from jobs.attempt import Attempt
 from jobs.sweep import experiment, tuning
 from jobs.sweep.trials import Telling, Trials
-from orchestrator.errors import AdaptoryError, JobFailed
+from orchestrator.errors import AdaptoryError, JobFailed, TrialRunsAlone
 from orchestrator.runs.result import RunResult
 from orchestrator.spec.resolved import ResolvedSpec
 
@@ -58,6 +58,12 @@ def run(ours: Attempt, resolved: ResolvedSpec, shape: WorkerShape) -> RunResult:
         else:
             ray.get(broker.finish.remote(trials.best, result.model_dump(mode="json")))
         return group.join()
+
+
+def why_alone(result: RunResult) -> str | None:
+    """Why the trials cannot share the network, if that is what the group has found out."""
+    error = result.error or {}
+    return error["message"] if error.get("code") == TrialRunsAlone.code else None
 
 
 class _Group:
@@ -110,4 +116,6 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
     workers.give_way(config)  # not before its imports: the trials' processes, which start meanwhile, would starve them
     with workers.entered(config, began) as session:
         result = run_sweep(session, config["broker"])
+    if result is not None and why_alone(result):
+        return result.model_dump(mode="json")  # not the run's last word: its driver goes on
     return workers.handed_in(session, result)

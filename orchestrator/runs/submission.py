@@ -78,19 +78,11 @@ def refuse_later(spec: JobSpec) -> None:
         return
     asked = (
         (
-            "sweep.placement",
-            spec.sweep.placement,
-            ("auto", "packed"),
-            "Leave it out: trials are packed on one base model.",
-        ),
-        (
             "sweep.metric",
             spec.sweep.metric,
             ("validation_loss",),
             "Take validation_loss; the winner is evaluated anyway.",
         ),
-        ("tuning.type", spec.tuning.type, ("lora",), "Sweep a LoRA fine-tune, or start a run for each setting."),
-        ("train.packing", spec.train.packing, (True,), "Leave it out: packing changes no result."),
     )
     for field, value, built, hint in asked:
         if value not in built:

@@ -1,0 +1,99 @@
+"""Attempts of sweeps as processes of their own, and what they came to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+
+from orchestrator.runs.events import Event, read_events
+from orchestrator.runs.result import RunResult, SweepResult, TrialResult
+from orchestrator.runs.states import RunState
+from orchestrator.spec.sweep import trial_spec, trunk_warmup
+from orchestrator.store import result_path
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 300.0
+"""Seconds for a sweep that takes thirty on a quiet machine."""
+ROWS = 32
+
+
+class Running:
+    """One attempt of a sweep, as a job of Ray's would be."""
+
+    def __init__(self, job: Any, home: Path, attempt: int = 1):
+        self.job, self.attempt = job, attempt
+        words = ["--store", job.store.url, "--run", job.resolved.run, "--attempt", str(attempt)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "jobs.sweep", *words],
+            env=os.environ
+            | {
+                "PYTHONPATH": str(ROOT),
+                "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+                "ADAPTORY_HOME": str(home),
+            },
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def end(self) -> RunResult:
+        printed, _ = self.process.communicate(timeout=PATIENCE)
+        assert self.job.store.exists(result_path(self.job.resolved.run)), printed[-6000:]
+        result = RunResult.model_validate(self.job.store.read_json(result_path(self.job.resolved.run)))
+        assert result.attempt == self.attempt, printed[-6000:]
+        return result
+
+    def events(self, type: str) -> list[Event]:
+        return [event for event in read_events(self.job.store, self.job.resolved.run) if event.type == type]
+
+    def until(self, seen: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + PATIENCE
+        while not (found := seen()):
+            assert self.process.poll() is None, self.process.communicate()[0][-6000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        return found
+
+
+def trials(result: RunResult) -> SweepResult:
+    assert result.state is RunState.SUCCEEDED, result.error
+    assert result.sweep is not None
+    return result.sweep
+
+
+def solo(make_job: Any, job: Any, trial: TrialResult) -> RunResult:
+    """The trial as a run of its own."""
+    config = trial.config
+    sections = trial_spec(job.resolved.spec, config, warmup_steps=trunk_warmup(job.resolved.spec, config, ROWS))
+    tuned = {"train": sections.train.model_dump(), "tuning": sections.tuning.model_dump()}
+    return make_job(model=Path(sections.base_model), name=f"solo-{trial.name}", **tuned).work()
+
+
+def values(sweep: SweepResult) -> dict[str, float]:
+    return {one.name: one.metrics["validation_loss"] for one in sweep.trials}
+
+
+def actors(*names: str) -> list[psutil.Process]:
+    """Processes of this session's Ray that are actors of a class which has one of these names."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            title = " ".join(process.cmdline())
+            if any(f"ray::{name}" in title for name in names):
+                found.append(process)
+    return found
+
+
+def kill(*names: str) -> None:
+    """-9, one of them."""
+    actors(*names)[0].kill()
