@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from orchestrator.store import result_path
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 300.0
 """Seconds for a sweep that takes thirty on a quiet machine."""
+LOOK = 0.1
+"""Seconds between looks."""
 ROWS = 32
 
 
@@ -31,6 +34,7 @@ class Running:
 
     def __init__(self, job: Any, home: Path, attempt: int = 1):
         self.job, self.attempt = job, attempt
+        self._printed = Path(tempfile.mkstemp(suffix=".log", dir=job.cache.parent)[1])
         words = ["--store", job.store.url, "--run", job.resolved.run, "--attempt", str(attempt)]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "jobs.sweep", *words],
@@ -41,28 +45,44 @@ class Running:
                 "ADAPTORY_HOME": str(home),
             },
             cwd=ROOT,
-            stdout=subprocess.PIPE,
+            stdout=self._printed.open("w"),
             stderr=subprocess.STDOUT,
-            text=True,
         )
 
+    @property
+    def printed(self) -> str:
+        return self._printed.read_text()[-6000:]
+
     def end(self) -> RunResult:
-        printed, _ = self.process.communicate(timeout=PATIENCE)
-        assert self.job.store.exists(result_path(self.job.resolved.run)), printed[-6000:]
+        patiently(lambda: self.process.poll() is not None, lambda: self.printed)
+        assert self.job.store.exists(result_path(self.job.resolved.run)), self.printed
         result = RunResult.model_validate(self.job.store.read_json(result_path(self.job.resolved.run)))
-        assert result.attempt == self.attempt, printed[-6000:]
+        assert result.attempt == self.attempt, self.printed
         return result
 
     def events(self, type: str) -> list[Event]:
         return [event for event in read_events(self.job.store, self.job.resolved.run) if event.type == type]
 
     def until(self, seen: Callable[[], Any]) -> Any:
-        deadline = time.monotonic() + PATIENCE
-        while not (found := seen()):
-            assert self.process.poll() is None, self.process.communicate()[0][-6000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        return found
+        def look() -> Any:
+            found = seen()
+            assert found or self.process.poll() is None, self.printed
+            return found
+
+        return patiently(look, lambda: self.printed)
+
+
+def patiently(seen: Callable[[], Any], said: Callable[[], str] = str) -> Any:
+    """What was seen at last. Time in which this process stands still, as all of the test may on a shared machine, does not count.
+
+    Args:
+        said: what the failure says when patience ends.
+    """
+    for _ in range(round(PATIENCE / LOOK)):
+        if found := seen():
+            return found
+        time.sleep(LOOK)
+    raise AssertionError(f"not seen in {PATIENCE:.0f} s: {said()}")
 
 
 def trials(result: RunResult) -> SweepResult:

@@ -15,7 +15,7 @@ import ray
 from orchestrator.runs.events import read_events
 from orchestrator.runs.states import RunState, TrialState
 from orchestrator.store import adapter_path, control_path, separate_path, stop_trials_path, trial_path
-from tests.integration.sweep_process import actors, kill, solo, trials, values
+from tests.integration.sweep_process import actors, kill, patiently, solo, trials, values
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
@@ -30,16 +30,13 @@ LONG = GRID | {"search": {"learning_rate": {"grid": [1e-3, 2e-4]}, "epochs": {"g
 
 
 def nothing_is_left() -> bool:
-    """Whether no group's process lives, and the cluster has all its CPUs again."""
-    deadline = time.monotonic() + 30
-    while (
-        actors("RayTrainWorker", "TrainController")
-        or ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"]
-    ):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.5)
-    return True
+    """No group's process lives, and the cluster has all its CPUs again."""
+
+    def gone() -> bool:
+        free = ray.available_resources().get("CPU", 0)
+        return not actors("RayTrainWorker", "TrainController") and free == ray.cluster_resources()["CPU"]
+
+    return patiently(gone)
 
 
 def test_full_tuning_is_tried_as_many_at_once_as_fit_and_each_is_its_own_run(make_job: Any, start: Any) -> None:
@@ -74,9 +71,7 @@ def test_who_is_stopped_leaves_nothing_running(make_job: Any, start: Any) -> Non
     job = make_job(tuning=FULL, resources=ONE_CPU, sweep={"search": search, "searcher": "grid", "reduction_factor": 2})
     running = start(job)
     running.until(lambda: [e for e in running.events("trial") if e.data["state"] == "stopped"])
-    stopped_at = time.monotonic()
     running.until(lambda: len(actors("RayTrainWorker")) < 2)
-    assert time.monotonic() - stopped_at < 30
     sweep = trials(running.end())
     by_rate = {one.config["train.learning_rate"]: one for one in sweep.trials}
     assert (by_rate[1e-7].state, by_rate[1e-3].state) == (TrialState.STOPPED, TrialState.FINISHED)
