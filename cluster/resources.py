@@ -57,6 +57,12 @@ class WorkerShape:
     waits_for: str = ""
     """A sentence when nodes must be added before the workers can start; empty when the cluster is large enough."""
 
+    @property
+    def scarce(self) -> tuple[str, int]:
+        """What decides how many groups fit, and how much of it one takes."""
+        kind, each = ("GPU", self.gpus_per_worker) if self.gpus_per_worker else ("CPU", self.cpus_per_worker)
+        return kind, each * self.workers
+
 
 def fit(resources: ResourcesSpec, cluster: ClusterResources) -> WorkerShape:
     """The workers' shape, with `auto` settled: GPUs are used if there are any, and CPUs are shared out in full.
@@ -80,6 +86,11 @@ def fit(resources: ResourcesSpec, cluster: ClusterResources) -> WorkerShape:
         asked=resources.model_dump(),
         has=cluster.model_dump(),
     )
+
+
+def side_by_side(shape: WorkerShape, nodes: list[NodeResources]) -> int:
+    """How many groups of such workers the nodes hold at once."""
+    return sum(_room(node, shape.gpus_per_worker, shape.cpus_per_worker) for node in nodes) // shape.workers
 
 
 def _gpus_per_worker(resources: ResourcesSpec, cluster: ClusterResources) -> int:
@@ -114,7 +125,7 @@ def _room(node: NodeResources, gpus: int, cpus: int) -> int:
 def _asked(resources: ResourcesSpec, gpus: int, cpus: int | str) -> str:
     workers = "1 worker" if resources.workers == 1 else f"{resources.workers} workers"
     each = " with" if resources.workers == 1 else " with each"
-    return f"{workers}{each} {_count(gpus, 'GPU')} and " + ("at least 1 CPU" if cpus == "auto" else _count(cpus, "CPU"))
+    return f"{workers}{each} {count(gpus, 'GPU')} and " + ("at least 1 CPU" if cpus == "auto" else count(cpus, "CPU"))
 
 
 def _waiting(resources: ResourcesSpec, gpus: int, cpus: int, cluster: ClusterResources) -> str:
@@ -124,12 +135,13 @@ def _waiting(resources: ResourcesSpec, gpus: int, cpus: int, cluster: ClusterRes
 
 def _sum(nodes: list[NodeResources]) -> str:
     return (
-        f"{_count(len(nodes), 'node')} with {_count(sum(n.cpus for n in nodes), 'CPU')} and "
-        f"{_count(sum(n.gpus for n in nodes), 'GPU')}"
+        f"{count(len(nodes), 'node')} with {count(sum(n.cpus for n in nodes), 'CPU')} and "
+        f"{count(sum(n.gpus for n in nodes), 'GPU')}"
     )
 
 
-def _count(number: float | int | str, what: str) -> str:
+def count(number: float | int | str, what: str) -> str:
+    """`1 GPU`, `2 CPUs`"""
     number = float(number)
     return f"{number:g} {what}" + ("" if number == 1 else "s")
 

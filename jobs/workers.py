@@ -53,6 +53,7 @@ class Workers:
     Args:
         work: on each worker, in a process that Ray Train starts; gets a dict for `entered`.
         spared: CPUs of each worker that are not reserved, for what runs beside them; it may use them all.
+        part: of the attempt, where it has several groups: begins the names by which they log.
     """
 
     attempt: Attempt
@@ -60,6 +61,7 @@ class Workers:
     shape: WorkerShape
     work: Callable[[dict[str, Any]], Any]
     spared: float = 0.0
+    part: str = ""
 
     def run(self, **more: Any) -> RunResult:
         """To their end; rank 0 writes the result into the store, or hands it here if that has no room for it.
@@ -82,6 +84,7 @@ class Workers:
                 "cpus": shape.cpus_per_worker,
                 "gpus": shape.gpus_per_worker,
                 "began": self.attempt.began,
+                "part": self.part,
                 **more,
             },
             scaling_config=ray.train.ScalingConfig(
@@ -91,14 +94,13 @@ class Workers:
                 | ({"GPU": shape.gpus_per_worker} if shape.gpus_per_worker else {}),
             ),
             run_config=ray.train.RunConfig(
-                name=f"a{self.attempt.number}",
+                name="-".join(filter(None, [f"a{self.attempt.number}", self.part])),
                 storage_path=storage,
                 storage_filesystem=filesystem,
                 failure_config=ray.train.FailureConfig(max_failures=most),
                 callbacks=[EndOnLastingErrors()],  # type: ignore[list-item]  # it names Tune's class, and takes its own
             ),
         )
-        self.attempt.events.emit("phase", phase="waiting for workers")
         try:
             unwritten = trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
@@ -170,6 +172,7 @@ def entered(config: dict[str, Any], began: float) -> Iterator[Session]:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     store, run, attempt = Store(config["store"]), config["run"], config["attempt"]
+    writer = "-".join(filter(None, [config["part"], f"rank{rank}"]))
 
     def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
         if workers > 1:
@@ -191,8 +194,8 @@ def entered(config: dict[str, Any], began: float) -> Iterator[Session]:
         # a pointer, Ray Train writes files of its own, and a disk that is full at that moment ends the run.
         ray.train.report(metrics | {"checkpoint": checkpoint})
 
-    with Logging(store, run, attempt, f"rank{rank}"):
-        events = EventWriter(store, run, attempt, "rank0") if rank == 0 else None
+    with Logging(store, run, attempt, writer):
+        events = EventWriter(store, run, attempt, writer) if rank == 0 else None
         try:
             cache = load_settings().cache
             cache.mkdir(parents=True, exist_ok=True)

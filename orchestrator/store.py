@@ -56,8 +56,8 @@ def result_path(run: str) -> str:
 
 
 def attempt_path(run: str) -> str:
-    """Names the attempt that owns the run; a writer of an older one is fenced off."""
-    return f"runs/{run}/attempt.json"
+    """Names the attempt that owns the run, or the sweep that the trial belongs to; a writer of an older one is fenced off."""
+    return f"runs/{run.partition('/')[0]}/attempt.json"
 
 
 def control_path(run: str, attempt: int) -> str:
@@ -79,8 +79,28 @@ def checkpoint_path(run: str, step: int) -> str:
 
 
 def trial_path(run: str, trial: str) -> str:
-    """The adapter of a sweep's trial that came to its end, with its reports; until the sweep's end decides what is published."""
+    """What a sweep's trial that came to its end has trained, with its reports; until the sweep's end decides what is published."""
     return f"runs/{run}/trials/{trial}"
+
+
+def separate_path(run: str) -> str:
+    """What trials that train apart from each other need to go on; nothing of it outlives the last of them."""
+    return f"runs/{run}/separate"
+
+
+def trial_run(run: str, trial: str) -> str:
+    """Stands for a run's id in the paths of a trial that trains apart: `checkpoints_path(trial_run(…))`."""
+    return f"{run}/separate/{trial}"
+
+
+def history_path(run: str, trial: str) -> str:
+    """What a trial that trains apart has reported."""
+    return f"runs/{trial_run(run, trial)}/history.json"
+
+
+def alone_path(run: str) -> str:
+    """Why a sweep's trials cannot be packed, once a group has found out: `{"why": "…"}`."""
+    return f"runs/{run}/alone.json"
 
 
 def names_path(run: str) -> str:

@@ -1,8 +1,9 @@
-"""Between Tune's trials and the group that computes them: trials lease a place in the group, and are told how they do.
+"""Between Tune's trials and the workers that compute them: trials lease a place there, and are told how they do.
 
 Train's workers cannot be called, and a trial that Tune kills runs no clean-up. So both sides come to the broker: a trial asks
 for its next report, which renews its lease, and the group's rank 0 comes by between two steps to bring reports and to fetch
-what has changed. A trial that does not ask for a while has gone, and its place with it.
+what has changed. A trial that does not ask for a while has gone, and its place with it. Where each trial has a group of its own,
+the sweep's driver fetches what has changed, and each rank 0 speaks for its trial.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class _Lease:
     """The group has been told of it."""
     asked: int | None = None
     """Number of the report that was asked for last: those before it have been decided about."""
+    at: Report = field(default_factory=dict)
+    """Where it was seen last, if its own group says it."""
 
     def take(self, reports: list[Report]) -> None:
         """What is new of them; nothing comes after a trial's end."""
@@ -95,6 +98,7 @@ class Broker:
         self._leases: dict[str, _Lease] = {}
         self._to_close: list[str] = []
         self._end: Orders | None = None
+        self._wish: str | None = None
         self._progress: dict[str, Report] = {}
         self._decided: dict[str, int] = {}
         self._changed = asyncio.Condition()
@@ -166,12 +170,7 @@ class Broker:
             patience: seconds to wait for something to do: of a group without work.
         """
         self._progress |= progress or {}
-        for trial, new in reports.items():
-            if held := self._leases.get(trial):
-                held.take(new)
-        if reports:
-            await self._tell()
-            await self._decisions(reports)
+        await self._take(reports)
         deadline = self._clock() + patience
         async with self._changed:
             while not (orders := self._orders()) and (left := deadline - self._clock()) > 0:
@@ -182,15 +181,44 @@ class Broker:
                     break
         return orders or Orders()
 
+    # for a group that has one trial
+
+    async def tell(self, trial: str, reports: list[Report], at: Report | None = None) -> str | None:
+        """Take in the trial's reports, wait for what the scheduler decides about them, and say what is wanted of the trial: None, that
+        it goes on, `pause` or `cancel`.
+
+        Args:
+            at: where it is now.
+        """
+        at = at or (reports[-1] if reports else None)
+        if at and (held := self._leases.get(trial)):
+            held.at = self._progress[trial] = at
+        await self._take({trial: reports} if reports else {})
+        held = self._leases.get(trial)
+        return self._wish or ("cancel" if held is None or held.ended else None)
+
+    async def left(self, trial: str) -> bool:
+        """The trial's group has ended. Whether the trial goes on all the same, so that it is to be opened again."""
+        held = self._leases.get(trial)
+        if held is None or held.ended:
+            return False
+        held.known = False
+        await self._tell()
+        return True
+
+    async def wind_down(self, wish: str) -> None:
+        """Have all groups end: what they are told from now on, `pause` or `cancel`."""
+        self._wish = wish
+
     # for the driver
 
     async def end(self, trial: str, state: str, message: str) -> bool:
         """End a trial before its end; False if it has no place yet."""
         held = self._leases.get(trial)
         if held is not None and not held.ended:
-            held.reports.append(
-                {"step": 0, **(held.reports[-1] if held.reports else {}), "state": state, "message": message}
-            )
+            last = {"step": 0, **(held.reports[-1] if held.reports else {}), **held.at}
+            last = {name: value for name, value in last.items() if name not in (RUNG, PEERS)}
+            held.reports.append(last | {"state": state, "message": message})
             if held.known:
                 self._to_close.append(trial)
             await self._tell()
@@ -213,6 +241,14 @@ class Broker:
             await self._tell()
 
     # details
+
+    async def _take(self, reports: dict[str, list[Report]]) -> None:
+        for trial, new in reports.items():
+            if held := self._leases.get(trial):
+                held.take(new)
+        if reports:
+            await self._tell()
+            await self._decisions(reports)
 
     def _orders(self) -> Orders | None:
         self._expire()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
+from jobs.sweep import placement
 from jobs.train.artifact import lora_shape
 from jobs.train.schedule import learning_rates
 from jobs.train.setup import planned_batches
@@ -47,18 +47,20 @@ class Course:
 
     def reports(self, step: int) -> bool:
         """Whether validation is due after `step` steps: at the end of each epoch, and at the end."""
-        epochs = self.batches.epoch
-        return step == self.total_steps or math.floor(epochs(step)) > math.floor(epochs(step - 1))
+        return step == self.total_steps or self.batches.ends_epoch(step)
+
+
+def why_unshared(network: Decoder | PlainDecoder) -> str | None:
+    """Why no trials can share this network; None: some can."""
+    plain = isinstance(network, PlainDecoder)
+    return "its base model runs on the plain path, which takes one row at a time" if plain else None
 
 
 def why_alone(spec: JobSpec, network: Decoder | PlainDecoder) -> str | None:
     """Why a trial cannot share this network with others; None: it can."""
-    if spec.tuning.type != "lora":
-        return f"tuning.type {spec.tuning.type} has no base that stays as it is for the others"
-    if isinstance(network, PlainDecoder):
-        return "its base model runs on the plain path, which takes one row at a time"
-    if not spec.train.packing:
-        return "train.packing is false"
+    if reason := placement.why_alone(spec) or why_unshared(network):
+        return reason
+    assert isinstance(network, Decoder)
     held = network.norm.weight.dtype
     if DTYPES[spec.train.dtype] != held:
         return f"train.dtype is {spec.train.dtype}, and the base is there in {str(held).removeprefix('torch.')}"

@@ -95,6 +95,10 @@ class Trials:
         with self._lock:
             return next((trial for trial, one in self._known.items() if one.name == name), None)
 
+    def name_of(self, trial: str) -> str:
+        with self._lock:
+            return self._known[trial].name if trial in self._known else trial
+
     def started(self, trial: str) -> None:
         with self._lock:
             one = self._known[trial]
@@ -113,10 +117,8 @@ class Trials:
     def reported(self, trial: str, report: Report) -> None:
         with self._lock:
             one = self._known[trial]
-            compute = SweepCompute(**report.get("compute", {}))
-            if compute.tokens >= self.compute.tokens:  # reports of an earlier attempt come again
-                self.compute = compute
             one.last = {**one.last, **{name: value for name, value in report.items() if value is not None}}
+            self._count(report)
             self._say(one, TrialState(report["state"]), _words(report))
             value = self._value(one)
             if value is not None and (self._best is None or self._order(one, value) < self._best[1]):
@@ -152,6 +154,12 @@ class Trials:
             why=why,
             compute=self.compute,
         )
+
+    def _count(self, report: Report) -> None:
+        """What the sweep has computed, by the newest report."""
+        compute = SweepCompute(**report.get("compute", {}))
+        if compute.tokens >= self.compute.tokens:  # reports of an earlier attempt come again
+            self.compute = compute
 
     def _value(self, one: Known) -> float | None:
         """Of one that took its whole course: what was stopped at a high learning rate would have come further down."""

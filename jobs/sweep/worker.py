@@ -13,6 +13,7 @@ import torch
 
 from jobs.data import PreparedData
 from jobs.sweep.broker import Orders, Report
+from jobs.sweep.course import why_unshared
 from jobs.sweep.courses import Courses
 from jobs.sweep.measuring import measure_of
 from jobs.sweep.packed import PackedGroup
@@ -24,8 +25,9 @@ from jobs.train.publish import publish_checked
 from jobs.train.session import Session
 from jobs.train.setup import Place, explained, load_network, validation_batches
 from jobs.train.worker import concluded, load
-from orchestrator.errors import AdapterError, AdaptoryError
+from orchestrator.errors import AdapterError, AdaptoryError, TrialRunsAlone
 from orchestrator.modeling.base_model import BaseModel
+from orchestrator.modeling.loading import DTYPES, load_model
 from orchestrator.runs.result import RunResult, SweepResult, TrialResult
 from orchestrator.runs.states import RunState
 from orchestrator.spec.sweep import trial_spec, trunk_warmup
@@ -59,6 +61,8 @@ def _run(session: Session, control: Control | None, broker: Any) -> RunResult:
     base, tokenizer, data = load(session)
     with session.phase("building"), explained(base.path):
         network = load_network(spec, base, place, whole=True)
+        if spec.sweep.placement == "auto" and (why := why_unshared(network)):
+            return session.result(RunState.FAILED, error=TrialRunsAlone(why).to_dict())  # the driver places them apart
         group = PackedGroup(
             network,
             data.train,
@@ -114,6 +118,18 @@ def _train(session: Session, control: Control | None, broker: Any, courses: Cour
             courses.save()
 
 
+def crown(session: Session, best: str, sweep: SweepResult) -> RunResult | None:
+    """See to a winner that other workers have trained."""
+
+    def work(_: Control | None) -> RunResult:
+        base, tokenizer, data = load(session)
+        with session.phase("building"), explained(base.path):
+            network = load_network(session.spec, base, session.place, whole=True)
+        return _crown(session, best, sweep, network, base, tokenizer, data)
+
+    return concluded(session, work)
+
+
 def _crown(
     session: Session,
     best: str,
@@ -138,22 +154,31 @@ def _crown(
         directory = Path(folder)
         with session.phase("publishing"):
             session.store.fetch(trial_path(session.resolved.run, best), directory)
-            load_adapter(network, PUBLISHED, directory)
-            network.eval()
+            published, slot = _loaded(own, network, directory)
             probe = torch.as_tensor(data.train[0].ids.astype("int64"), device=session.place.device)
             keep = torch.arange(len(probe), device=probe.device)
-            _check_won(own, network, data, winner)
+            _check_won(own, published, slot, data, winner)
             with torch.no_grad():
-                published, plain = (network.logits(probe, keep, slot).float() for slot in (PUBLISHED, None))
-            probes = check_effect(published, plain)
-        result = publish_checked(own, directory, network, base, tokenizer, data, probes)
+                logits, plain = published.logits(probe, keep, slot), network.logits(probe, keep, None)
+            probes = check_effect(logits.float(), plain.float())
+        result = publish_checked(own, directory, published, base, tokenizer, data, probes)
     session.seconds |= own.seconds
     trials = [one.model_copy(update={"adapter": result.adapter}) if one is winner else one for one in sweep.trials]
     return result.model_copy(update={"sweep": sweep.model_copy(update={"trials": trials})})
 
 
-def _check_won(session: Session, network: Any, data: PreparedData, winner: TrialResult) -> None:
-    """What is published is what won: from its files, the adapter has the validation loss that it was chosen by.
+def _loaded(session: Session, network: Any, directory: Path) -> tuple[Any, str | None]:
+    """A network that holds what the files say, and in which slot: the base with an adapter, or one of its own."""
+    network.eval()
+    if session.spec.tuning.type == "full":
+        dtype, device = DTYPES[session.spec.train.dtype], session.place.device
+        return load_model(directory, dtype=dtype, device=device).eval(), None
+    load_adapter(network, PUBLISHED, directory)
+    return network.eval(), PUBLISHED
+
+
+def _check_won(session: Session, network: Any, slot: str | None, data: PreparedData, winner: TrialResult) -> None:
+    """What is published is what won: from its files, it has the validation loss that it was chosen by.
 
     Raises:
         AdapterError: it has another; nothing is published.
@@ -162,7 +187,7 @@ def _check_won(session: Session, network: Any, data: PreparedData, winner: Trial
     assert rows is not None
     alone = Place(device=session.place.device)
     batches = validation_batches(rows.lengths, network, alone, train)
-    again = mean_loss(network, rows, batches, slot=PUBLISHED, device=alone.device)
+    again = mean_loss(network, rows, batches, slot=slot, device=alone.device)
     if not abs(again - won) <= SAME_LOSS[train.dtype] * abs(won):
         raise AdapterError(
             f"Loaded back from its files, {winner.name} has a validation loss of {again:.5g}, and it won with {won:.5g}; nothing is "

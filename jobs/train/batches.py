@@ -53,6 +53,10 @@ class Batches:
         """Passes over the rows completed before `step`."""
         return min(step * self.batch_size, self._rows_in_total) / len(self._lengths)
 
+    def ends_epoch(self, step: int) -> bool:
+        """Whether a pass over the rows is completed by the last of `step` steps."""
+        return step > 0 and math.floor(self.epoch(step)) > math.floor(self.epoch(step - 1))
+
     def rows(self, step: int) -> list[int]:
         """Row numbers of a step's global batch."""
         first = step * self.batch_size

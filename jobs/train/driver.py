@@ -19,7 +19,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(ours: attempt.Attempt) -> RunResult:
     resolved = ours.resolved()
     ours.events.emit("state", "The job has started.", state="running")
-    return workers.Workers(ours, resolved, workers.connect(ours, resolved), _worker).run()
+    shape = workers.connect(ours, resolved)
+    ours.events.emit("phase", phase="waiting for workers")
+    return workers.Workers(ours, resolved, shape, _worker).run()
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any] | None:

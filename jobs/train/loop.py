@@ -29,6 +29,8 @@ class Hooks:
     asked_to_stop: Callable[[], str | None] = lambda: None
     """`pause` or `cancel` ends the loop after the step in hand; every rank gets the same answer."""
     validate_every: int = 0
+    validate_after: Callable[[int], bool] = lambda step: False
+    """After which numbers of steps besides."""
     checkpoint_every: int = 0
     all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
     """Sum over the workers."""
@@ -85,7 +87,8 @@ def train(
         clock.tick(progress, int(total[1]))
         stop = hooks.asked_to_stop()
         last = progress.step == batches.total_steps or stop is not None
-        if hooks.validate and (last or _due(progress.step, hooks.validate_every)) and stop is None:
+        validate = last or _due(progress.step, hooks.validate_every) or hooks.validate_after(progress.step)
+        if hooks.validate and validate and stop is None:
             hooks.validate(progress)
             model.train()
         hooks.on_step(progress)

@@ -48,7 +48,7 @@ def publish(session: Session, trainable: Trainable, base: BaseModel, tokenizer: 
     with tempfile.TemporaryDirectory(prefix="adaptory-", dir=session.cache) as folder:
         directory = Path(folder) / "artifact"
         with session.phase("publishing"):
-            _write(directory, session, trainable, base, state["weights"])
+            write_artifact(directory, session, trainable, base, state["weights"])
             published = _loaded_back(directory, session, trainable, base)
             probes = check_same(
                 trained,
@@ -85,10 +85,10 @@ def publish_checked(
     return session.result(RunState.SUCCEEDED, adapter=digest, evaluation=evaluation)
 
 
-def _write(
+def write_artifact(
     directory: Path, session: Session, trainable: Trainable, base: BaseModel, masters: dict[str, Tensor]
 ) -> None:
-    """In the dtype of training: exactly what the forward pass used."""
+    """What was trained, in the dtype of training: exactly what the forward pass used."""
     tuning, dtype = session.spec.tuning, DTYPES[session.spec.train.dtype]
     values = {name: value.to(dtype) for name, value in masters.items()}
     if isinstance(tuning, FullTuning):

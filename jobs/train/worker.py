@@ -68,8 +68,28 @@ def concluded(session: Session, work: Callable[[Control | None], RunResult]) -> 
 
 
 def _run(session: Session, control: Control | None, checkpoints: Checkpoints) -> RunResult:
-    spec, place = session.spec, session.place
     base, tokenizer, data = load(session)
+    trainable, stop = fine_tune(session, base, data, checkpoints, lambda: control.wish if control else None)
+    if stop is not None:
+        return session.result(RunState.PAUSED if stop == "pause" else RunState.CANCELLED)
+    return publish(session, trainable, base, tokenizer, data)
+
+
+def fine_tune(
+    session: Session,
+    base: BaseModel,
+    data: PreparedData,
+    checkpoints: Checkpoints,
+    wish: Callable[[], str | None],
+    adapted: Callable[[Hooks, Trainable], Hooks] = lambda hooks, trainable: hooks,
+) -> tuple[Trainable, str | None]:
+    """From the base, or the newest checkpoint, to the last step; or to what ended it before: `pause` or `cancel`.
+
+    Args:
+        wish: asked after each step what a person wants; what rank 0 hears counts.
+        adapted: what else is to happen around the steps.
+    """
+    spec, place = session.spec, session.place
     with session.phase("building"), explained(base.path):
         trainable = make_trainable(spec, base, place, data.train.lengths)
         batches = trainable.batches
@@ -84,7 +104,7 @@ def _run(session: Session, control: Control | None, checkpoints: Checkpoints) ->
             learning_rates(spec.train, batches.total_steps),
             seed=spec.train.seed,
             progress=session.progress,
-            hooks=_hooks(session, control, checkpoints, trainable, data),
+            hooks=adapted(_hooks(session, wish, checkpoints, trainable, data), trainable),
             rank=place.rank,
             workers=place.workers,
             slot=trainable.slot,
@@ -92,9 +112,7 @@ def _run(session: Session, control: Control | None, checkpoints: Checkpoints) ->
             share=getattr(spec.tuning, "dropout", 0.0) == 0.0,
         )
         checkpoints.wait()
-    if stop is not None:
-        return session.result(RunState.PAUSED if stop == "pause" else RunState.CANCELLED)
-    return publish(session, trainable, base, tokenizer, data)
+    return trainable, stop
 
 
 def load(session: Session) -> tuple[BaseModel, Any, PreparedData]:
@@ -147,7 +165,8 @@ def _resume(session: Session, checkpoints: Checkpoints, trainable: Trainable) ->
     trainable.engine.load(state, step)
     progress = session.progress
     progress.step, progress.tokens = step, int(facts.get("tokens", 0))
-    progress.validation_loss = facts.get("validation_loss")
+    progress.loss, progress.validation_loss = facts.get("loss", math.nan), facts.get("validation_loss")
+    progress.epoch = trainable.batches.epoch(step)
     session.say("message", f"Going on from the checkpoint at step {step} of {progress.total_steps}.", step=step)
 
 
@@ -155,7 +174,11 @@ def _resume(session: Session, checkpoints: Checkpoints, trainable: Trainable) ->
 
 
 def _hooks(
-    session: Session, control: Control | None, checkpoints: Checkpoints, trainable: Trainable, data: PreparedData
+    session: Session,
+    wish: Callable[[], str | None],
+    checkpoints: Checkpoints,
+    trainable: Trainable,
+    data: PreparedData,
 ) -> Hooks:
     place, keep, every = session.place, session.spec.train.checkpoint, session.spec.train.validate_every
     total_steps = session.progress.total_steps
@@ -191,7 +214,7 @@ def _hooks(
         on_step=lambda progress: _say_step(session, progress),
         validate=validate,
         checkpoint=checkpoint,
-        asked_to_stop=lambda: place.agree(control.wish if control else None),
+        asked_to_stop=lambda: place.agree(wish()),
         validate_every=checkpoint_every if every == "auto" else every,
         checkpoint_every=checkpoint_every,
         all_reduce=place.all_reduce,

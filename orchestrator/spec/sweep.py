@@ -80,10 +80,11 @@ class SweepSpec(SpecModel):
     """Whether less or more is better; by default as the metric has it."""
 
     placement: Literal["auto", "packed", "concurrent", "one_by_one"] = "auto"
-    """How trials are computed: many on one copy of the base model, as runs side by side, or one after the other. `auto` measures."""
+    """How trials are computed: many on one copy of the base model, as runs side by side, each with the run's own `resources`, or one after
+    the other. `auto`: packed where the base model can be shared (LoRA), else concurrent."""
 
     max_concurrent: PositiveInt | Literal["auto"] = "auto"
-    """Most trials that are computed at once; `auto`: as many as are fastest and fit."""
+    """Most trials that are computed at once; `auto`: as many packed ones as are fastest and fit, and as many others as the nodes hold."""
 
     budget: BudgetSpec | None = None
     """An end before all trials are done."""

@@ -182,6 +182,9 @@ def _placement(job: JobSpec, sweep: SweepSpec) -> Iterator[InitErrorDetails]:
     if sweep.placement == "packed" and job.tuning.type != "lora":
         words = f"`sweep.placement` packed needs tuning.type lora, and this is {job.tuning.type}"
         yield _wrong(("placement",), words, "Use auto: such trials run side by side, as many as fit.", sweep.placement)
+    elif sweep.placement == "packed" and not job.train.packing:
+        words = "`sweep.placement` packed needs train.packing, and it is false"
+        yield _wrong(("placement",), words, "Leave train.packing out: it changes no result.", sweep.placement)
 
 
 def _trunk(job: JobSpec, sweep: SweepSpec) -> Iterator[InitErrorDetails]:

@@ -15,6 +15,7 @@ from orchestrator.runs.result import RunResult
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.resolved import ResolvedSpec
 from orchestrator.store import Store, adapter_path, spec_path
+from tests.integration.sweep_process import Running
 
 
 class Killed(BaseException):
@@ -137,3 +138,18 @@ def heard() -> type[Heard]:
 @pytest.fixture
 def killed() -> type[Killed]:
     return Killed
+
+
+@pytest.fixture
+def start(ray_local: None, home: Path) -> Any:
+    started: list[Running] = []
+
+    def start(job: Any, attempt: int = 1) -> Running:
+        started.append(Running(job, home, attempt))
+        return started[-1]
+
+    yield start
+    for running in started:
+        if running.process.poll() is None:
+            running.process.kill()
+            running.process.wait()

@@ -6,30 +6,19 @@ Each sweep is `python -m jobs.sweep` in a process of its own, on a tiny model in
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-import ray
 
-from orchestrator.runs.events import Event, read_events
-from orchestrator.runs.result import RunResult, SweepResult, TrialResult
 from orchestrator.runs.states import RunState, TrialState
-from orchestrator.spec.sweep import trial_spec, trunk_warmup
-from orchestrator.store import adapter_path, control_path, result_path, stop_trials_path
+from orchestrator.store import adapter_path, control_path, stop_trials_path
+from tests.integration.sweep_process import kill, solo, trials, values
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
-ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 300.0
-"""Seconds for a sweep that takes thirty on a quiet machine."""
-ROWS = 32
 TRUNKS = {
     "search": {"learning_rate": {"grid": [2e-3, 5e-3]}, "epochs": {"grid": [1, 2]}},
     "searcher": "grid",
@@ -40,75 +29,6 @@ WSD = {"schedule": "warmup_stable_decay", "decay": 0.25, "warmup": 0.1}
 
 
 EVALUATE = {"metrics": ["exact_match", "entity_f1"], "max_new_tokens": 64}
-
-
-class Running:
-    """One attempt of a sweep, as a job of Ray's would be."""
-
-    def __init__(self, job: Any, home: Path, attempt: int = 1):
-        self.job, self.attempt = job, attempt
-        words = ["--store", job.store.url, "--run", job.resolved.run, "--attempt", str(attempt)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "jobs.sweep", *words],
-            env=os.environ
-            | {
-                "PYTHONPATH": str(ROOT),
-                "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-                "ADAPTORY_HOME": str(home),
-            },
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def end(self) -> RunResult:
-        printed, _ = self.process.communicate(timeout=PATIENCE)
-        assert self.job.store.exists(result_path(self.job.resolved.run)), printed[-6000:]
-        result = RunResult.model_validate(self.job.store.read_json(result_path(self.job.resolved.run)))
-        assert result.attempt == self.attempt, printed[-6000:]
-        return result
-
-    def events(self, type: str) -> list[Event]:
-        return [event for event in read_events(self.job.store, self.job.resolved.run) if event.type == type]
-
-    def until(self, seen: Callable[[], Any]) -> Any:
-        deadline = time.monotonic() + PATIENCE
-        while not (found := seen()):
-            assert self.process.poll() is None, self.process.communicate()[0][-6000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        return found
-
-
-@pytest.fixture
-def start(ray_local: None, home: Path) -> Any:
-    started: list[Running] = []
-
-    def start(job: Any, attempt: int = 1) -> Running:
-        started.append(Running(job, home, attempt))
-        return started[-1]
-
-    yield start
-    for running in started:
-        if running.process.poll() is None:
-            running.process.kill()
-            running.process.wait()
-
-
-def trials(result: RunResult) -> SweepResult:
-    assert result.state is RunState.SUCCEEDED, result.error
-    assert result.sweep is not None
-    return result.sweep
-
-
-def solo(make_job: Any, job: Any, trial: TrialResult) -> RunResult:
-    """The trial as a run of its own."""
-    config = trial.config
-    sections = trial_spec(job.resolved.spec, config, warmup_steps=trunk_warmup(job.resolved.spec, config, ROWS))
-    return make_job(
-        name=f"solo-{trial.name}", train=sections.train.model_dump(), tuning=sections.tuning.model_dump()
-    ).work()
 
 
 def test_every_trial_is_its_own_run_and_the_best_wins(make_job: Any, start: Any) -> None:
@@ -276,16 +196,6 @@ def test_no_row_to_choose_by_is_said_before_anything_is_trained(make_job: Any, s
     assert result.state is RunState.FAILED
     assert result.error is not None
     assert "none of them has a question and an answer" in result.error["message"]
-
-
-def values(sweep: SweepResult) -> dict[str, float]:
-    return {one.name: one.metrics["validation_loss"] for one in sweep.trials}
-
-
-def kill(*names: str) -> None:
-    """-9, one of the actors of a class, which has one of these names."""
-    titles = ((process, " ".join(process.info["cmdline"] or [])) for process in psutil.process_iter(["cmdline"]))
-    next(process for process, title in titles if any(f"ray::{name}" in title for name in names)).kill()
 
 
 def test_who_is_worse_at_a_rung_takes_no_step_more(make_job: Any, start: Any) -> None:

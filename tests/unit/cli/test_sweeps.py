@@ -536,9 +536,10 @@ def test_pictures_of_trials_that_have_not_begun_or_all_diverged(tmp_path):
 
 
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
-@pytest.mark.parametrize("setting", ["sweep.placement=one_by_one", "train.packing=false", "tuning={type: full}"])
-def test_what_does_not_run_yet_is_refused_before_anything_starts(adaptory, wide, setting, more):
-    answer = adaptory("run", wide, "--set", setting, *more, "--json")
+def test_what_does_not_run_yet_is_refused_before_anything_starts(adaptory, wide, more):
+    settings = ("evaluate={metrics: [exact_match]}", "sweep.metric=exact_match", "data.test=t.jsonl")
+    measured = [word for setting in settings for word in ("--set", setting)]
+    answer = adaptory("run", wide, *measured, *more, "--json")
     assert answer.code == 2
     assert "does not run yet" in answer.json["error"]["message"]
     assert adaptory("runs", "list", "--json").json == []

@@ -239,3 +239,62 @@ def test_a_scheduler_that_does_not_answer_holds_nobody_up_for_long(
         assert await asking == said(4) | {RUNG: 1.0}
 
     run(course())
+
+
+# --- a group for each trial -----------------------------------------------------------------------------------------
+
+
+def test_a_group_of_one_trial_hears_what_the_scheduler_decides(broker: Broker) -> None:
+    async def course() -> None:
+        await broker.lease("t1", CONFIG, "a")
+        await broker.sync({})
+        asking = asyncio.create_task(broker.report("t1", "a", 0))
+        await asyncio.sleep(0)
+        rung = said(4) | {RUNG: 1.0}
+        telling = asyncio.create_task(broker.tell("t1", [rung]))
+        assert await asking == rung
+        await asyncio.sleep(0.01)
+        assert not telling.done(), "it is with the scheduler"
+        again = asyncio.create_task(broker.report("t1", "a", 1))
+        assert await telling is None, "it goes on"
+        again.cancel()
+        await broker.release("t1")
+        assert await broker.tell("t1", []) == "cancel"
+        assert not await broker.left("t1")
+
+    run(course())
+
+
+def test_people_see_where_a_trial_is_and_an_end_from_outside_knows(broker: Broker) -> None:
+    async def course() -> None:
+        await broker.lease("t1", CONFIG, "a")
+        await broker.tell("t1", [said(4) | {RUNG: 1.0, "validation_loss": 0.5}])
+        await broker.tell("t1", [], said(7))
+        assert await broker.progress() == {"t1": said(7)}
+        await broker.end("t1", "diverged", "the loss is no number")
+        assert await broker.tell("t1", [], said(8)) == "cancel"
+        await broker.report("t1", "a", 0)
+        last = await broker.report("t1", "a", 1)
+        assert last == said(7, "diverged") | {"validation_loss": 0.5, "message": "the loss is no number"}
+
+    run(course())
+
+
+def test_a_trial_whose_group_ended_too_early_is_opened_again(broker: Broker) -> None:
+    async def course() -> None:
+        await broker.lease("t1", CONFIG, "a")
+        await broker.sync({})
+        assert await broker.left("t1")
+        assert await broker.sync({}) == Orders(open={"t1": CONFIG})
+
+    run(course())
+
+
+def test_all_groups_hear_that_the_sweep_winds_down(broker: Broker) -> None:
+    async def course() -> None:
+        await broker.lease("t1", CONFIG, "a")
+        assert await broker.tell("t1", []) is None
+        await broker.wind_down("pause")
+        assert await broker.tell("t1", [], said(3)) == "pause"
+
+    run(course())

@@ -80,6 +80,11 @@ def test_max_steps_ends_early_and_never_prolongs() -> None:
     assert Batches([5] * 10, batch_size=5, epochs=3, seed=0, max_steps=99).total_steps == 6
 
 
+def test_an_epoch_ends_with_the_step_that_completes_it() -> None:
+    batches = Batches([5] * 10, batch_size=4, epochs=2.5, seed=0)
+    assert [step for step in range(batches.total_steps + 1) if batches.ends_epoch(step)] == [3, 5]
+
+
 def test_epoch_counts_passes_over_the_rows() -> None:
     batches = Batches([5] * 10, batch_size=4, epochs=1.5, seed=0)
     assert [batches.epoch(step) for step in range(batches.total_steps + 1)] == [0.0, 0.4, 0.8, 1.2, 1.5]

@@ -164,6 +164,18 @@ def test_progress_counts_tokens_and_epochs(tiny_model: Callable[[str], Path], ma
     assert calls == ["v2", "c3", "v4", "v5", "c5"]
 
 
+def test_validation_may_be_due_besides(tiny_model: Callable[[str], Path], make_rows: Made) -> None:
+    rows, calls = make_rows(LENGTHS), []
+    model, parameters = model_of(tiny_model("llama"))
+    batches = Batches(rows.lengths, batch_size=4, epochs=2, seed=0)
+    train(
+        model, SingleEngine(parameters, SPEC), rows, batches,
+        lambda step: 1e-3, seed=0, progress=Progress(0, batches.total_steps),
+        hooks=Hooks(validate=lambda p: calls.append(p.step), validate_every=2, validate_after=lambda step: step == 3),
+    )  # fmt: skip
+    assert calls == [2, 3, 4, 5]
+
+
 @pytest.mark.parametrize(("wish", "saved"), [("pause", [2]), ("cancel", [])])
 def test_a_wish_ends_the_loop_after_the_step_in_hand(
     tiny_model: Callable[[str], Path], make_rows: Made, wish: str, saved: list[int]

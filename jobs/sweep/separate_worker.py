@@ -1,0 +1,225 @@
+"""What each worker of a trial runs that trains apart from the others: a run's own phases, until what it has trained is in the store."""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+import threading
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from jobs.sweep import history
+from jobs.sweep.broker import RUNG, Config, Report
+from jobs.train.background import patiently
+from jobs.train.checkpoints import Checkpoints
+from jobs.train.fence import check_still_ours
+from jobs.train.loop import Hooks
+from jobs.train.publish import write_artifact
+from jobs.train.session import Session
+from jobs.train.setup import Trainable
+from jobs.train.steps import Progress
+from jobs.train.worker import fine_tune, load
+from orchestrator.errors import StoreError
+from orchestrator.modeling.base_model import BaseModel
+from orchestrator.runs.events import EventType, EventWriter
+from orchestrator.runs.result import RunResult
+from orchestrator.runs.states import RunState, TrialState
+from orchestrator.spec.sweep import trial_spec, trunk_warmup
+from orchestrator.store import Store, trial_path, trial_run
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+"""Between looks at what is wanted of the trial."""
+KEEP_SECONDS = 120.0
+"""That a finished trial waits for a store that does not take it."""
+
+
+@dataclass
+class Line:
+    """Between a trial's rank 0 and the broker; on the other ranks there is nobody at the other end.
+
+    Args:
+        run: of the sweep.
+        trial: Tune's id.
+        broker: handle of the actor `jobs.sweep.broker.Broker`; None on ranks other than 0.
+    """
+
+    store: Store
+    run: str
+    trial: str
+    broker: Any
+    at: Report | None = None
+    """Where the trial is, for people to watch."""
+    wish: str | None = None
+    """`pause`, `cancel`, or None: that it goes on."""
+    reports: list[Report] = field(default_factory=list)
+    _over: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Line:
+        if self.broker is not None:
+            self.reports = history.read(self.store, self.run, self.trial)
+            threading.Thread(target=self._look, name="adaptory-line", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def report(self, said: Report) -> None:
+        """Waits for what the scheduler decides about it. One that was reported before the trial was started anew is not news."""
+        if self.broker is None:
+            return
+        if not self.reports or said["step"] > self.reports[-1]["step"]:
+            self.reports.append(said)
+        try:
+            self.write()
+        except StoreError as error:  # away for a moment: the next report brings this one along
+            log.warning("%s", error)
+        self._tell([said])
+
+    def write(self) -> None:
+        history.write(self.store, self.run, self.trial, self.reports)
+
+    def _look(self) -> None:
+        while not self._over.wait(LOOK_SECONDS):
+            self._tell([])
+
+    def _tell(self, reports: list[Report]) -> None:
+        try:
+            self.wish = ray.get(self.broker.tell.remote(self.trial, reports, None if reports else self.at))
+        except ray.exceptions.RayError as error:  # the driver has gone, and the broker with it
+            log.warning("%s", error)
+            self.wish = "cancel"
+
+
+class Unwanted(Exception):
+    """Somebody has ended the trial."""
+
+
+def run_trial(session: Session, broker: Any, trial: str, name: str, config: Config) -> RunResult:
+    """From the trial's newest checkpoint to its end, or until somebody ends or pauses it.
+
+    Args:
+        session: of the sweep.
+
+    Raises:
+        AdaptoryError: what ended it, TrainingDiverged among others.
+    """
+    sweep, rank, events = session.resolved.run, session.place.rank, session.events
+    session = replace(session, events=_Warnings(events, name) if events else None)  # type: ignore[arg-type]
+    base, _, data = load(session)
+    own = _as_a_run(session, trial, config, rows=len(data.train))
+    keep = own.spec.train.checkpoint
+    checkpoints = Checkpoints(
+        own.store, own.resolved.run, own.attempt, keep, lambda text, **more: own.say("message", text, **more)
+    )
+    with Line(own.store, sweep, trial, None if rank else broker) as line:
+        try:
+            trainable, stop = fine_tune(
+                own, base, data, checkpoints, lambda: line.wish, lambda hooks, it: _reporting(own, line, hooks, it)
+            )
+        except Unwanted:
+            return own.result(RunState.CANCELLED)
+        finally:
+            checkpoints.finish()
+        if stop is not None:
+            return own.result(RunState.PAUSED if stop == "pause" else RunState.CANCELLED)
+        _keep(own, line, trainable, base)
+    return own.result(RunState.SUCCEEDED)
+
+
+def _as_a_run(session: Session, trial: str, config: Config, rows: int) -> Session:
+    """The trial's session, whose checkpoints lie in a place of their own."""
+    job = session.spec
+    spec = trial_spec(job, config, warmup_steps=trunk_warmup(job, config, rows))
+    run = trial_run(session.resolved.run, trial)
+    return replace(session, resolved=session.resolved.model_copy(update={"run": run, "spec": spec}))
+
+
+def _reporting(session: Session, line: Line, hooks: Hooks, trainable: Trainable) -> Hooks:
+    """A run's hooks, and at the end of each epoch a report that the scheduler decides about before the next step is taken."""
+    place, batches = session.place, trainable.batches
+    validate_as_a_run = hooks.validate
+
+    def on_step(progress: Progress) -> None:
+        hooks.on_step(progress)
+        line.at = _said(progress, TrialState.RUNNING)
+
+    def validate(progress: Progress) -> None:
+        assert validate_as_a_run is not None
+        validate_as_a_run(progress)
+        if batches.ends_epoch(progress.step) and progress.step < progress.total_steps:
+            line.report(_said(progress, TrialState.RUNNING) | {RUNG: progress.epoch})
+            if place.agree(line.wish) == "cancel":
+                raise Unwanted
+
+    return replace(
+        hooks,
+        on_step=on_step,
+        validate=validate if validate_as_a_run else None,
+        validate_every=0 if session.spec.train.validate_every == "auto" else hooks.validate_every,
+        validate_after=batches.ends_epoch,
+    )
+
+
+def _said(progress: Progress, state: TrialState) -> Report:
+    """As the broker, Tune and events have it: what is a number."""
+    said = {
+        "step": progress.step,
+        "total_steps": progress.total_steps,
+        "epoch": progress.epoch,
+        "loss": progress.loss,
+        "learning_rate": progress.learning_rate,
+        "grad_norm": progress.grad_norm,
+        "tokens": progress.tokens,
+        "validation_loss": progress.validation_loss,
+    }
+    numbers = {name: value for name, value in said.items() if value is not None and math.isfinite(value)}
+    return {"state": state.value, **numbers}
+
+
+def _keep(session: Session, line: Line, trainable: Trainable, base: BaseModel) -> None:
+    """What was trained, in the store; then the last report.
+
+    Raises:
+        StoreError: it was away, or full, for `KEEP_SECONDS`.
+    """
+    state = trainable.engine.state()  # every rank takes part
+    if state is None:
+        return
+    said = _said(session.progress, TrialState.FINISHED)
+    line.reports = [*(one for one in line.reports if one["step"] < said["step"]), said]
+
+    def publish() -> None:
+        check_still_ours(session.store, line.run, session.attempt)
+        with tempfile.TemporaryDirectory(prefix="adaptory-", dir=session.cache) as folder:
+            directory = Path(folder) / "artifact"
+            write_artifact(directory, session, trainable, base, state["weights"])
+            metadata = {"history": line.reports}
+            session.store.publish(trial_path(line.run, line.trial), directory, metadata, move=True)
+        line.write()
+
+    with session.phase("publishing"):
+        patiently(publish, KEEP_SECONDS, session.say)
+    line.report(said)
+
+
+class _Warnings:
+    """In the place of the sweep's events, which tell of a trial by its reports: of what its training says, the log gets all and the
+    events what is wrong."""
+
+    def __init__(self, events: EventWriter, name: str):
+        self._events, self._name = events, name
+
+    def emit(self, type: EventType, message: str = "", *, level: Any = "info", **data: Any) -> None:
+        if message:
+            log.info("%s: %s", self._name, message)
+        if level != "info":
+            self._events.emit("message", f"{self._name}: {message}", level=level, **data)
+
+    def flush(self) -> None:
+        self._events.flush()

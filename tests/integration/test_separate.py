@@ -1,0 +1,184 @@
+"""Sweeps whose trials train apart, on a real Ray of two CPUs: each trial has a group of Ray Train's workers of its own, and any process
+may be killed. About six minutes on two quiet cores, since every trial starts two processes and loads its own base.
+
+Each sweep is `python -m jobs.sweep` in a process of its own, on a tiny model in fp32.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import ray
+
+from orchestrator.runs.events import read_events
+from orchestrator.runs.states import RunState, TrialState
+from orchestrator.store import adapter_path, control_path, separate_path, stop_trials_path, trial_path
+from tests.integration.sweep_process import actors, kill, patiently, solo, trials, values
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+
+FULL = {"type": "full"}
+ONE_CPU = {"cpus_per_worker": 1, "max_failures": 2}
+GRID = {
+    "search": {"learning_rate": {"grid": [1e-3, 2e-4]}, "epochs": {"grid": [1, 2]}},
+    "searcher": "grid",
+    "scheduler": "none",
+}
+LONG = GRID | {"search": {"learning_rate": {"grid": [1e-3, 2e-4]}, "epochs": {"grid": [1, 40]}}}
+
+
+def nothing_is_left() -> bool:
+    """No group's process lives, and the cluster has all its CPUs again."""
+
+    def gone() -> bool:
+        free = ray.available_resources().get("CPU", 0)
+        return not actors("RayTrainWorker", "TrainController") and free == ray.cluster_resources()["CPU"]
+
+    return patiently(gone)
+
+
+def test_full_tuning_is_tried_as_many_at_once_as_fit_and_each_is_its_own_run(make_job: Any, start: Any) -> None:
+    job = make_job(tuning=FULL, resources=ONE_CPU, sweep=GRID)
+    running = start(job)
+    result = running.end()
+    sweep = trials(result)
+    assert (sweep.placement, [one.state for one in sweep.trials]) == ("concurrent", [TrialState.FINISHED] * 4)
+    assert sweep.why.endswith("2 trials at once: each takes 1 CPU of 2")
+    alone = {one.name: solo(make_job, job, one) for one in sweep.trials}
+    for one in sweep.trials:
+        expected = alone[one.name].metrics
+        assert one.metrics["validation_loss"] == pytest.approx(expected["validation_loss"], abs=1e-5)
+        assert one.steps == expected["steps"]
+    assert sweep.best is not None
+    assert sweep.best == min(alone, key=lambda name: alone[name].metrics["validation_loss"])
+    assert result.metrics["validation_loss"] == pytest.approx(alone[sweep.best].metrics["validation_loss"], abs=1e-5)
+    assert result.adapter is not None
+    assert job.store.manifest(adapter_path(result.adapter)) is not None
+    assert sweep.compute.steps == sweep.compute.separate_steps == sum(one.steps for one in sweep.trials) == 24
+    assert sweep.compute.tokens == sweep.compute.separate_tokens > 0
+    run = job.resolved.run
+    assert not job.store.list(separate_path(run)), "checkpoints and the like go with the sweep's end"
+    assert not job.store.list(trial_path(run, "")[:-1]), "whole weights are kept once, where they are published"
+    assert not [event for event in read_events(job.store, run) if event.type == "metrics"], (
+        "trials have their own events"
+    )
+
+
+def test_who_is_stopped_leaves_nothing_running(make_job: Any, start: Any) -> None:
+    search = {"learning_rate": {"grid": [1e-3, 1e-7]}, "epochs": {"grid": [30]}}
+    job = make_job(tuning=FULL, resources=ONE_CPU, sweep={"search": search, "searcher": "grid", "reduction_factor": 2})
+    running = start(job)
+    running.until(lambda: [e for e in running.events("trial") if e.data["state"] == "stopped"])
+    running.until(lambda: len(actors("RayTrainWorker")) < 2)
+    sweep = trials(running.end())
+    by_rate = {one.config["train.learning_rate"]: one for one in sweep.trials}
+    assert (by_rate[1e-7].state, by_rate[1e-3].state) == (TrialState.STOPPED, TrialState.FINISHED)
+    assert by_rate[1e-7].message == "stopped by the scheduler"
+    assert by_rate[1e-7].steps < by_rate[1e-3].steps == 120
+    assert by_rate[1e-7].epochs == int(by_rate[1e-7].epochs), "at the end of an epoch, and no step later"
+    assert nothing_is_left()
+
+
+@pytest.mark.parametrize("how", ["paused", "killed"])
+def test_a_sweep_that_broke_off_goes_on_and_repeats_nothing(make_job: Any, start: Any, how: str) -> None:
+    job = make_job(tuning=FULL, resources=ONE_CPU, sweep=LONG | {"placement": "one_by_one"})
+    run = job.resolved.run
+    first = start(job)
+
+    def far_enough() -> bool:
+        events = first.events("trial")
+        done = {e.data["trial"] for e in events if e.data["state"] == "finished"}
+        return bool(done) and any(e.data["trial"] not in done and e.data.get("step", 0) >= 30 for e in events)
+
+    first.until(far_enough)
+    if how == "paused":
+        job.store.write_json(control_path(run, 1), {"action": "pause"})
+        assert first.end().state is RunState.PAUSED
+    else:
+        time.sleep(6)  # Tune keeps its state every five seconds
+        first.process.kill()
+        first.process.wait()
+    assert nothing_is_left()
+    second = start(job, attempt=2)
+    sweep = trials(second.end())
+    assert (sweep.placement, [one.state for one in sweep.trials]) == ("one_by_one", [TrialState.FINISHED] * 4)
+    of_second = [event for event in second.events("trial") if event.id.startswith("a2-")]
+    known = {e.data["trial"] for e in first.events("trial") if e.id.startswith("a1-") and e.data["state"] == "finished"}
+    again = {event.data["trial"] for event in of_second if event.data["state"] == "running"}
+    assert known
+    assert not known & again
+    steps = [event.data["step"] for event in of_second if event.data["trial"] in again and event.data.get("step")]
+    assert any(event.data.get("step", 0) >= 30 for event in of_second)
+    assert min(steps) > 0
+    for one in sweep.trials:
+        alone = solo(make_job, job, one).metrics
+        assert one.metrics["validation_loss"] == pytest.approx(alone["validation_loss"], rel=1e-4)
+
+
+def test_killed_workers_and_killed_trials_change_nothing(make_job: Any, start: Any) -> None:
+    search = {"learning_rate": {"grid": [1e-3, 2e-4]}, "epochs": {"grid": [40]}}
+    space = {"search": search, "searcher": "grid", "scheduler": "none"}
+    job = make_job(tuning=FULL, resources=ONE_CPU, sweep=space)
+    running = start(job)
+    running.until(lambda: len({e.data["trial"] for e in running.events("trial") if e.data.get("step", 0) > 8}) == 2)
+    assert len(actors("RayTrainWorker")) == 2
+    kill("RayTrainWorker")
+    kill("ThinTrial", "ResourceTrainable")  # Tune wraps the class
+    sweep = trials(running.end())
+    alone = {one.name: solo(make_job, job, one).metrics["validation_loss"] for one in sweep.trials}
+    assert values(sweep) == pytest.approx(alone, rel=1e-4)
+    assert nothing_is_left()
+
+
+def test_one_diverges_one_is_stopped_by_a_person_and_the_third_wins(make_job: Any, start: Any) -> None:
+    """QLoRA, whose adapters are kept."""
+    space = {"search": {"learning_rate": {"grid": [5e-3, 6e-3, 90.0]}}, "searcher": "grid", "scheduler": "none"}
+    job = make_job(
+        tuning={"type": "qlora", "rank": 4},
+        resources=ONE_CPU,
+        sweep=space | {"max_concurrent": 1},
+        train={"max_grad_norm": None, "epochs": 40},
+    )
+    running = start(job)
+    under_way = running.until(
+        lambda: [
+            e for e in running.events("trial") if e.data["config"]["train.learning_rate"] == 6e-3 and "step" in e.data
+        ]
+    )
+    job.store.write_json(stop_trials_path(job.resolved.run), {"stop_trials": [under_way[0].data["trial"]]})
+    sweep = trials(running.end())
+    by_rate = {one.config["train.learning_rate"]: one for one in sweep.trials}
+    assert {rate: one.state for rate, one in by_rate.items()} == {
+        5e-3: TrialState.FINISHED,
+        6e-3: TrialState.STOPPED,
+        90.0: TrialState.DIVERGED,
+    }
+    assert by_rate[6e-3].message == "stopped by a person"
+    assert "diverged at step" in by_rate[90.0].message
+    assert sweep.winner is by_rate[5e-3]
+    assert sweep.why.endswith("1 trial at once: each takes 1 CPU of 2, and sweep.max_concurrent is 1")
+
+
+def test_a_budget_that_is_spent_ends_what_is_under_way(make_job: Any, start: Any) -> None:
+    space = {"search": {"learning_rate": {"grid": [1e-3, 2e-4]}}, "scheduler": "none", "budget": {"tokens": 1000}}
+    running = start(make_job(tuning=FULL, resources=ONE_CPU, sweep=space, train={"epochs": 400}))
+    result = running.end()
+    assert result.state is RunState.FAILED
+    assert result.error is not None
+    assert result.error["message"] == "No trial came to its end: 2 stopped."
+    last = {event.data["trial"]: event.message for event in running.events("trial")}
+    assert set(last.values()) == {"the budget of 1,000 tokens is spent"}
+    assert nothing_is_left()
+
+
+def test_a_network_that_cannot_be_shared_parts_the_trials(make_job: Any, start: Any) -> None:
+    space = {"search": {"learning_rate": {"grid": [5e-3, 1e-3]}}, "searcher": "grid", "scheduler": "none"}
+    sweep = trials(start(make_job(model="phi", sweep=space)).end())
+    assert [one.state for one in sweep.trials] == [TrialState.FINISHED] * 2
+    assert sweep.placement == "concurrent"
+    assert "plain path" in sweep.why
+    assert sweep.why.endswith(
+        "1 trial at once: each takes 2 CPUs of 2; with resources.cpus_per_worker: 1 there is room for 2"
+    )
