@@ -537,7 +537,12 @@ def test_pictures_of_trials_that_have_not_begun_or_all_diverged(tmp_path):
 
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
 def test_what_does_not_run_yet_is_refused_before_anything_starts(adaptory, wide, more):
-    settings = ("evaluate={metrics: [exact_match]}", "sweep.metric=exact_match", "data.test=t.jsonl")
+    settings = (
+        "evaluate={metrics: [exact_match]}",
+        "sweep.metric=exact_match",
+        "data.test=t.jsonl",
+        "sweep.placement=one_by_one",
+    )
     measured = [word for setting in settings for word in ("--set", setting)]
     answer = adaptory("run", wide, *measured, *more, "--json")
     assert answer.code == 2

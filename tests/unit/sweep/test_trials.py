@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jobs.sweep.configs import CONFIG
-from jobs.sweep.driver import _nobody_won
+from jobs.sweep.experiment import nobody_won
 from jobs.sweep.trials import Trials
 from orchestrator.runs.states import TrialState
 from orchestrator.spec.sweep import SweepSpec
@@ -89,7 +89,7 @@ def test_where_none_has_the_metric_it_is_said_why(make: Any) -> None:
     report = {"step": 3, "state": "finished", "validation_loss": 0.1, "message": "could not be evaluated: no room"}
     trials.reported("id1", report)
     trials.ended("id2", TrialState.STOPPED)
-    error = _nobody_won(trials.result("packed", ""))
+    error = nobody_won(trials.result("packed", ""))
     assert error.message == (
         "Of the 1 trials that came to their end, none has entity_f1; of t01: could not be evaluated: no room."
     )
