@@ -44,6 +44,7 @@ class Known:
             config=self.config,
             state=self.state,
             steps=self.last.get("step", 0),
+            tokens=self.last.get("tokens", 0),
             epochs=self.last.get("epoch", 0.0),
             metrics=named | self.last.get("metrics", {}),
             seconds=self.seconds,

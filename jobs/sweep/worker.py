@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from jobs.train.worker import concluded, load
 from orchestrator.errors import AdapterError, AdaptoryError, TrialRunsAlone
 from orchestrator.modeling.base_model import BaseModel
 from orchestrator.modeling.loading import DTYPES, load_model
+from orchestrator.registry.provenance import SweepRecord
 from orchestrator.runs.result import RunResult, SweepResult, TrialResult
 from orchestrator.runs.states import RunState
 from orchestrator.spec.sweep import trial_spec, trunk_warmup
@@ -150,6 +153,7 @@ def _crown(
     own.progress.step, own.progress.total_steps = winner.steps, winner.steps
     own.progress.loss = winner.metrics.get("train_loss", own.progress.loss)
     own.progress.validation_loss = winner.metrics.get("validation_loss")
+    own.progress.tokens, own.progress.tokens_per_second = winner.tokens, math.nan  # trials share their time
     with tempfile.TemporaryDirectory(prefix="adaptory-", dir=session.cache) as folder:
         directory = Path(folder)
         with session.phase("publishing"):
@@ -161,10 +165,25 @@ def _crown(
             with torch.no_grad():
                 logits, plain = published.logits(probe, keep, slot), network.logits(probe, keep, None)
             probes = check_effect(logits.float(), plain.float())
-        result = publish_checked(own, directory, published, base, tokenizer, data, probes)
+        record = _record(session, sweep, winner)
+        result = publish_checked(own, directory, published, base, tokenizer, data, probes, record)
     session.seconds |= own.seconds
     trials = [one.model_copy(update={"adapter": result.adapter}) if one is winner else one for one in sweep.trials]
     return result.model_copy(update={"sweep": sweep.model_copy(update={"trials": trials})})
+
+
+def _record(session: Session, sweep: SweepResult, winner: TrialResult) -> SweepRecord:
+    asked = session.spec.sweep
+    assert asked is not None
+    return SweepRecord(
+        trial=winner.name,
+        config=winner.config,
+        search={name: one.model_dump(mode="json") for name, one in asked.space.items()},
+        metric=sweep.metric,
+        value=winner.metrics.get(sweep.metric),
+        trials=dict(Counter(one.state.value for one in sweep.trials)),
+        placement=sweep.placement,
+    )
 
 
 def _loaded(session: Session, network: Any, directory: Path) -> tuple[Any, str | None]:

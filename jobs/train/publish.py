@@ -21,7 +21,7 @@ from orchestrator.modeling.decoder import Decoder, adapter_tensors
 from orchestrator.modeling.loading import DTYPES, full_tensors, load_model
 from orchestrator.modeling.plain import PlainDecoder
 from orchestrator.registry.adapters import publish_adapter, publish_weights
-from orchestrator.registry.provenance import BaseModelRecord, Provenance
+from orchestrator.registry.provenance import BaseModelRecord, Provenance, SweepRecord
 from orchestrator.runs.result import EvaluationResult, RunResult
 from orchestrator.runs.states import RunState
 from orchestrator.spec.job import FullTuning
@@ -67,6 +67,7 @@ def publish_checked(
     tokenizer: Any,
     data: PreparedData,
     probes: dict[str, float],
+    sweep: SweepRecord | None = None,
 ) -> RunResult:
     """Evaluate what was written and loaded back, and put it into the store.
 
@@ -77,7 +78,7 @@ def publish_checked(
     evaluation = evaluate(session, published, directory, base, tokenizer, data) if session.spec.evaluate else None
     with session.phase("publishing"):
         check_still_ours(session.store, session.resolved.run, session.attempt)
-        provenance = _provenance(session, base, data, evaluation, probes)
+        provenance = _provenance(session, base, data, evaluation, probes, sweep)
         if isinstance(session.spec.tuning, FullTuning):
             digest = publish_weights(session.store, directory, provenance)
         else:
@@ -116,6 +117,7 @@ def _provenance(
     data: PreparedData,
     evaluation: EvaluationResult | None,
     probes: dict[str, float],
+    sweep: SweepRecord | None,
 ) -> Provenance:
     return Provenance.of(
         session.resolved,
@@ -131,4 +133,5 @@ def _provenance(
         evaluation=evaluation,
         data=data.report.sources,
         hardware={"workers": session.place.workers, "device": session.place.device.type},
+        sweep=sweep,
     )

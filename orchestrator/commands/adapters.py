@@ -25,7 +25,7 @@ from orchestrator.commands.output import (
 
 if TYPE_CHECKING:
     from orchestrator.registry.adapters import AdapterSummary
-    from orchestrator.registry.provenance import Provenance
+    from orchestrator.registry.provenance import Provenance, SweepRecord
     from orchestrator.registry.versions import AdapterVersion
 
 app = typer.Typer(no_args_is_help=True, epilog="Example: adaptory adapters list")
@@ -170,13 +170,23 @@ def version_json(version: AdapterVersion) -> dict[str, Any]:
     return {"reference": version.reference, **version.model_dump(mode="json")}
 
 
+def _won(sweep: SweepRecord) -> str:
+    """`t05 of 12 trials, by validation_loss 0.3036: learning_rate 0.003, epochs 3`"""
+    from orchestrator.commands.showing_sweeps import configuration
+
+    by = sweep.metric + (f" {number(sweep.value)}" if sweep.value is not None else "")
+    return f"{sweep.trial} of {sum(sweep.trials.values())} trials, by {by}: {configuration(sweep.config)}"
+
+
 def _show(summary: AdapterSummary, provenance: Provenance, versions: list[AdapterVersion], url: str) -> None:
     out, measured, imported = console(), provenance.evaluation, provenance.imported
+    won = provenance.sweep
     known = (v.reference + (f" ({', '.join(v.aliases)})" if v.aliases else "") for v in versions)
     pairs = [
         ("digest", summary.digest),
         ("versions", ", ".join(known)),
         ("run", f"{summary.run} (attempt {summary.attempt}, step {summary.step})" if summary.run else None),
+        ("sweep", _won(won) if won else None),
         ("imported", f"by {imported.by} from {imported.source}" if imported else None),
         ("tenant", summary.tenant),
         ("base model", summary.base_model),

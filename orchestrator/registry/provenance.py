@@ -41,6 +41,23 @@ class ImportRecord(BaseModel):
     """Who imported it."""
 
 
+class SweepRecord(BaseModel):
+    """Of an adapter that won a sweep; the spec beside it is that of its trial."""
+
+    trial: str
+    """`t05`: its name in the sweep, whose run id is the adapter's."""
+    config: dict[str, Any]
+    """Field (`train.learning_rate`) → value, of those that were searched."""
+    search: dict[str, Any]
+    """Field → range that it was found in."""
+    metric: str
+    value: float | None = None
+    """What it won by."""
+    trials: dict[str, int]
+    """State → how many there were."""
+    placement: str
+
+
 class Origin(BaseModel):
     """Which run an adapter is from: told by its provenance, and again by the summary that lists read."""
 
@@ -79,6 +96,7 @@ class Provenance(Origin):
     """Of activations and frozen weights in training."""
     evaluation: EvaluationResult | None = None
     imported: ImportRecord | None = None
+    sweep: SweepRecord | None = None
 
     @staticmethod
     def of(
@@ -91,6 +109,7 @@ class Provenance(Origin):
         evaluation: EvaluationResult | None = None,
         data: dict[str, str] | None = None,
         hardware: dict[str, Any] | None = None,
+        sweep: SweepRecord | None = None,
     ) -> Provenance:
         """The record of a run on this machine.
 
@@ -118,6 +137,7 @@ class Provenance(Origin):
             dtype=resolved.spec.train.dtype,
             metrics=metrics,
             evaluation=evaluation,
+            sweep=sweep,
         )
 
 

@@ -43,6 +43,8 @@ class TrialResult(BaseModel):
     state: TrialState
     steps: int = 0
     """Optimiser steps that it took, shared ones too."""
+    tokens: int = 0
+    """Of the rows in them."""
     epochs: float = 0.0
     metrics: dict[str, float] = Field(default_factory=dict)
     """Last values: `validation_loss`, `train_loss`, and `evaluate.metrics` on the validation rows where one of them decides."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.registry.adapters import read_provenance
 from orchestrator.runs.states import RunState, TrialState
 from orchestrator.store import adapter_path, control_path, stop_trials_path
 from tests.integration.sweep_process import kill, solo, trials, values
@@ -48,6 +49,17 @@ def test_every_trial_is_its_own_run_and_the_best_wins(make_job: Any, start: Any)
     assert result.metrics["validation_loss"] == sweep.winner.metrics["validation_loss"]
     assert result.adapter is not None
     assert job.store.manifest(adapter_path(result.adapter)) is not None
+    made = read_provenance(job.store, result.adapter)
+    assert made.sweep is not None
+    assert (made.sweep.trial, made.sweep.config, made.sweep.trials) == (
+        sweep.best,
+        sweep.winner.config,
+        {"finished": 4},
+    )
+    assert made.sweep.value == sweep.winner.metrics["validation_loss"]
+    assert made.sweep.search["train.epochs"] == {"grid": [1, 2]}
+    assert made.spec["spec"]["train"]["learning_rate"] == sweep.winner.config["train.learning_rate"]
+    assert made.metrics["tokens"] == sweep.winner.tokens > 0
     assert sweep.compute.steps == 2 * (6 + 1 + 2), "a trunk to the second decay, and two decays, for each learning rate"
     assert sweep.compute.separate_steps == sum(one.steps for one in sweep.trials) == 24
     said = running.events("trial")
