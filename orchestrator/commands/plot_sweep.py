@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.errors import OutputError
 from orchestrator.runs.states import TrialState
 from orchestrator.runs.sweeps import SweepProgress, Trial
-from orchestrator.runs.winner import FEWEST, METHOD, importance, setting
+from orchestrator.runs.winner import FEWEST, METHOD, a, importance, setting
 from orchestrator.spec.sweep import short_name
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def _importance(figure: Figure, progress: SweepProgress) -> bool:
     if found is None or not found.shares:
         count = sum(trial.value(progress.metric) is not None for trial in progress.trials)
         few = count < FEWEST
-        words = f"{count} trials with a {progress.metric}: {f'it takes {FEWEST} to say' if few else 'they do not say'} what mattered"
+        words = f"{count} trials with {a(progress.metric)}: {f'it takes {FEWEST} to say' if few else 'they do not say'} what mattered"
         axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes)
         axes.set_axis_off()
         return True
@@ -212,7 +212,7 @@ def _importance(figure: Figure, progress: SweepProgress) -> bool:
     axes.bar_label(bars, [f"{share:.0%}" for share in shares], padding=4)
     axes.set_xlim(0, 1.1)
     early = f", {found.stopped} stopped early" if found.stopped else ""
-    axes.set_xlabel(f"{METHOD}\n{found.trials} trials with a {progress.metric}{early}")
+    axes.set_xlabel(f"{METHOD}\n{found.trials} trials with {a(progress.metric)}{early}")
     axes.grid(alpha=0.3, axis="x")
     return True
 

@@ -123,7 +123,8 @@ def ranking(progress: SweepProgress, width: int) -> Any:
         rows.append([*cells, word(trial.state, settled=progress.settled)])
     right = [column for column in columns if column not in ("trial", "targets", "schedule", "state")]
     result = listing(columns, rows, width=width, right=right, drop=("steps", *reversed(others), "behind"))
-    result.title = "Trials, the best first"
+    measured = "" if progress.metric == "validation_loss" else f"; {progress.metric} on validation rows"
+    result.title = f"Trials, the best first{measured}"
     return result
 
 
@@ -156,6 +157,7 @@ def show_sweep(run: Run, progress: SweepProgress) -> None:
     if run.settled:
         show_outcome(run, progress)
         if run.result and run.result.evaluation:
+            out.print()
             out.print(before_after(run.result.evaluation))
     elif progress.named:
         out.print(trial_table(progress, progress.trials, out.width))

@@ -87,6 +87,11 @@ def figure(value: float) -> str:
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e6 or value == 0 else f"{value:.3g}"
 
 
+def a(metric: str) -> str:
+    """`a validation_loss`, `an entity_f1`"""
+    return f"{'an' if metric[:1] in 'aeio' else 'a'} {metric}"
+
+
 def setting(value: Any) -> str:
     """A configuration's value as people write it."""
     if isinstance(value, bool) or value is None:
@@ -109,12 +114,13 @@ def _distance(progress: SweepProgress, best: Trial, value: float) -> str:
     metric = progress.metric
     other = next((trial for trial in progress.ranked() if trial is not best), None)
     if other is None or (second := other.value(metric)) is None:
-        return f"{best.name} is the only trial with a {metric}."
+        return f"{best.name} is the only trial with {a(metric)}."
     if second == value and metric != "validation_loss":
         return f"{best.name} and {other.name} are equal by {metric}; {best.name} has the lower validation loss."
     gap = abs(second - value)
-    share = gap / abs(second) if second else 0.0
-    words = f"{best.name} is {figure(gap)} ({share:.1%}) better than {other.name}, the second by {metric}"
+    share = gap / abs(second) if second else math.inf if gap else 0.0
+    relative = f" ({share:.1%})" if second else ""
+    words = f"{best.name} is {figure(gap)}{relative} better than {other.name}, the second by {metric}"
     return f"{words}; so little may be chance." if share < _CLOSE else f"{words}."
 
 
@@ -122,7 +128,7 @@ def _mattered(progress: SweepProgress) -> list[str]:
     found = importance(progress.trials, progress.metric)
     if found is None:
         count = sum(trial.value(progress.metric) is not None for trial in progress.trials)
-        few = f"{count} trial{'s' if count != 1 else ''} with a {progress.metric} cannot say which parameter mattered"
+        few = f"{count} trial{'s' if count != 1 else ''} with {a(progress.metric)} cannot say which parameter mattered"
         return [f"{few} (that takes {FEWEST})."] if count < FEWEST else []
     if not found.shares:
         return []

@@ -342,6 +342,7 @@ def test_a_sweep_by_a_metric_shows_it_wherever_there_were_losses(adaptory, wide,
     assert answer.code == 0, answer.err
     assert re.search(r"^\S+ t02 finished: .*validation 0.6000 · entity_f1 0.7500$", answer.out, re.MULTILINE)
     assert "best so far: t02, entity_f1 0.7500" in answer.out
+    assert "Trials, the best first; entity_f1 on validation rows" in answer.out
     assert re.search(r"asked +expected +before +2.5-shot +after", answer.out)
     assert re.search(r"Who\? +Ada +I +you +Ada", answer.out)
     for command in (["sweep", "show"], ["runs", "show"]):

@@ -49,6 +49,15 @@ def test_two_parameters_share_and_the_larger_comes_first():
     assert 0.9 < found.shares["train.epochs"] < 1.0
 
 
+def test_better_than_nothing_has_no_percentage_and_is_no_chance():
+    one, two = trial(1, 0.4, learning_rate=1e-3), trial(2, 0.2, learning_rate=1e-4)
+    one.metrics, two.metrics = {"exact_match": 0.0}, {"exact_match": 0.25}
+    progress = SweepProgress(metric="exact_match", mode="max", named={"t01": one, "t02": two}, settled=True)
+    said = reasons(progress, {})
+    assert said[0] == "t02 is 0.2500 better than t01, the second by exact_match."
+    assert said[1] == "2 trials with an exact_match cannot say which parameter mattered (that takes 4)."
+
+
 def test_equal_by_the_metric_is_said_and_what_decided_then():
     one, two = trial(1, 0.4, learning_rate=1e-3), trial(2, 0.2, learning_rate=1e-4)
     one.metrics = two.metrics = {"exact_match": 0.5}
