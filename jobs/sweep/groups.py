@@ -91,16 +91,18 @@ class Groups:
         for trial in [trial for trial in self._waiting if trial not in self._running]:
             if len(self._running) >= self._at_once or self._over.is_set():
                 return
-            config = self._waiting.pop(trial)
-            thread = threading.Thread(target=self._attend, args=(trial, config), name=f"adaptory-{trial}", daemon=True)
+            self._starts += 1
+            part = f"{self._trials.name_of(trial)}-{self._starts}"
+            work = trial, self._waiting.pop(trial), part
+            thread = threading.Thread(target=self._attend, args=work, name=f"adaptory-{part}", daemon=True)
             self._running[trial] = thread
             thread.start()
 
-    def _attend(self, trial: str, config: Config) -> None:
+    def _attend(self, trial: str, config: Config, part: str) -> None:
         """One group from its start to its end, whatever that is."""
         state: RunState | None = None
         try:
-            state = self._train(trial, config)
+            state = self._train(trial, config, part)
         except TrainingDiverged as error:
             self._end(trial, TrialState.DIVERGED, error.message)
         except Superseded as error:
@@ -110,29 +112,37 @@ class Groups:
         except Exception as error:
             log.exception("the group of trial %s failed", trial)
             self._end(trial, TrialState.FAILED, f"{type(error).__name__}: {error}")
-        goes_on = ray.get(self._broker.left.remote(trial))
+        goes_on = self._over.is_set() or self._left(trial)
         with self._lock:
             del self._running[trial]
-            stays = state is not RunState.SUCCEEDED and (goes_on or self._over.is_set())
             self._seat()
-        if not stays:
+        if state is RunState.SUCCEEDED or not goes_on:
             self._forget_checkpoints(trial)
 
-    def _train(self, trial: str, config: Config) -> RunState:
+    def _train(self, trial: str, config: Config, part: str) -> RunState:
+        """
+        Args:
+            part: what this group is called.
+        """
         if reports := history.read(self._ours.store, self._ours.run, trial):
             ray.get(self._broker.tell.remote(trial, reports))
             if reports[-1]["state"] != TrialState.RUNNING:
                 return RunState.SUCCEEDED  # in an attempt whose last words Tune did not keep
-        self._starts += 1
+        group = workers.Workers(self._ours, self._resolved, self._shape, _worker, spared=SPARED, part=part)
         name = self._trials.name_of(trial)
-        group = workers.Workers(
-            self._ours, self._resolved, self._shape, _worker, spared=SPARED, part=f"{name}-{self._starts}"
-        )
         return group.run(broker=self._broker, trial=trial, name=name, config=config).state
 
     def _end(self, trial: str, state: TrialState, message: str) -> None:
         log.warning("%s %s: %s", self._trials.name_of(trial), state.value, message)
         ray.get(self._broker.end.remote(trial, state.value, message))
+
+    def _left(self, trial: str) -> bool:
+        """Whether the trial goes on without its group, in another one."""
+        try:
+            return ray.get(self._broker.left.remote(trial))
+        except ray.exceptions.RayError as error:
+            log.warning("%s", error)
+            return True
 
     def _forget_checkpoints(self, trial: str) -> None:
         try:

@@ -60,9 +60,9 @@ def _concluded(
     Raises:
         AdaptoryError: there is no winner.
     """
+    ours.store.delete(separate_path(ours.run))
     if trials.best is None:
         raise experiment.nobody_won(result)
-    ours.store.delete(separate_path(ours.run))
     group = workers.Workers(ours, resolved, replace(shape, workers=1), _crowner, spared=SPARED)
     crowned = group.run(best=trials.best, sweep=result.model_dump(mode="json"))
     if crowned.state is RunState.SUCCEEDED and not trials.keeps_all:
@@ -75,6 +75,8 @@ class SeparateTrials(Trials):
 
     keeps_all = True
     """Whether those that did not win stay in the store."""
+    _kept: str | None = None
+    """The best so far."""
 
     @property
     def tokens(self) -> int:
@@ -85,10 +87,11 @@ class SeparateTrials(Trials):
     def reported(self, trial: str, report: Report) -> None:
         with self._lock:
             super().reported(trial, report)
-            if not self.keeps_all:
-                for other, one in self._known.items():
-                    if one.state is TrialState.FINISHED and other != self.best:
-                        self.forget(other)
+            if not self.keeps_all and self._known[trial].state is TrialState.FINISHED:
+                for one in filter(None, (trial, self._kept)):
+                    if one != self.best:
+                        self.forget(one)
+                self._kept = self.best
 
     def forget(self, trial: str) -> None:
         """Remove what a trial has trained."""

@@ -63,6 +63,7 @@ class Line:
     def __enter__(self) -> Line:
         if self.broker is not None:
             self.reports = history.read(self.store, self.run, self.trial)
+            self._tell([])
             threading.Thread(target=self._look, name="adaptory-line", daemon=True).start()
         return self
 
@@ -109,27 +110,35 @@ def run_trial(session: Session, broker: Any, trial: str, name: str, config: Conf
     Raises:
         AdaptoryError: what ended it, TrainingDiverged among others.
     """
-    sweep, rank, events = session.resolved.run, session.place.rank, session.events
+    place, events = session.place, session.events
     session = replace(session, events=_Warnings(events, name) if events else None)  # type: ignore[arg-type]
+    with Line(session.store, session.resolved.run, trial, None if place.rank else broker) as line:
+        stop = place.agree(line.wish)  # it may have waited long for its machines
+        if stop is None:
+            stop = _trained(session, line, config)
+    ends = {None: RunState.SUCCEEDED, "pause": RunState.PAUSED, "cancel": RunState.CANCELLED}
+    return session.result(ends[stop])
+
+
+def _trained(session: Session, line: Line, config: Config) -> str | None:
+    """Train, and keep what comes of it; or what ended it before: `pause` or `cancel`."""
     base, _, data = load(session)
-    own = _as_a_run(session, trial, config, rows=len(data.train))
+    own = _as_a_run(session, line.trial, config, rows=len(data.train))
     keep = own.spec.train.checkpoint
     checkpoints = Checkpoints(
         own.store, own.resolved.run, own.attempt, keep, lambda text, **more: own.say("message", text, **more)
     )
-    with Line(own.store, sweep, trial, None if rank else broker) as line:
-        try:
-            trainable, stop = fine_tune(
-                own, base, data, checkpoints, lambda: line.wish, lambda hooks, it: _reporting(own, line, hooks, it)
-            )
-        except Unwanted:
-            return own.result(RunState.CANCELLED)
-        finally:
-            checkpoints.finish()
-        if stop is not None:
-            return own.result(RunState.PAUSED if stop == "pause" else RunState.CANCELLED)
+    try:
+        trainable, stop = fine_tune(
+            own, base, data, checkpoints, lambda: line.wish, lambda hooks, it: _reporting(own, line, hooks, it)
+        )
+    except Unwanted:
+        return "cancel"
+    finally:
+        checkpoints.finish()
+    if stop is None:
         _keep(own, line, trainable, base)
-    return own.result(RunState.SUCCEEDED)
+    return stop
 
 
 def _as_a_run(session: Session, trial: str, config: Config, rows: int) -> Session:

@@ -173,6 +173,16 @@ def test_a_budget_that_is_spent_ends_what_is_under_way(make_job: Any, start: Any
     assert nothing_is_left()
 
 
+def test_a_trial_may_have_several_workers(make_job: Any, start: Any) -> None:
+    """Two ranks over gloo and ZeRO 2; the worse is stopped on both after the same step."""
+    search = {"learning_rate": {"grid": [1e-3, 1e-7]}, "epochs": {"grid": [3]}}
+    space = {"search": search, "searcher": "grid", "reduction_factor": 2}
+    sweep = trials(start(make_job(tuning=FULL, resources=ONE_CPU | {"workers": 2}, sweep=space)).end())
+    assert sweep.why.endswith("1 trial at once: each takes 2 CPUs of 2")
+    assert [(one.state, one.steps) for one in sweep.trials] == [(TrialState.FINISHED, 12), (TrialState.STOPPED, 4)]
+    assert nothing_is_left()
+
+
 def test_a_network_that_cannot_be_shared_parts_the_trials(make_job: Any, start: Any) -> None:
     space = {"search": {"learning_rate": {"grid": [5e-3, 1e-3]}}, "searcher": "grid", "scheduler": "none"}
     sweep = trials(start(make_job(model="phi", sweep=space)).end())
