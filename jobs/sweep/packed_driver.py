@@ -40,7 +40,7 @@ def run(ours: Attempt, resolved: ResolvedSpec, shape: WorkerShape) -> RunResult:
         _Group(workers.Workers(ours, resolved, shape, _worker, spared=SPARED), broker) as group,
         experiment.Watch(ours, trials, broker),
     ):
-        budget = tuning.Budget(sweep, tokens=lambda: trials.compute.tokens)
+        budget = tuning.Budget(sweep, seconds=lambda: trials.seconds, tokens=lambda: trials.compute.tokens)
         tuning.Ending.spent = staticmethod(lambda: budget.spent)
         with group.ended.ending():
             tuner = experiment.tuner(ours, resolved.spec, broker, AT_ONCE)

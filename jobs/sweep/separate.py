@@ -39,7 +39,7 @@ def run(ours: Attempt, resolved: ResolvedSpec, shape: WorkerShape, placed: Place
         Groups(ours, resolved, shape, broker, trials, placed.at_once) as groups,
         experiment.Watch(ours, trials, broker),
     ):
-        end = _End(ours, groups, tuning.Budget(sweep, tokens=lambda: trials.tokens))
+        end = _End(ours, groups, tuning.Budget(sweep, seconds=lambda: trials.seconds, tokens=lambda: trials.tokens))
         tuning.Ending.spent = staticmethod(lambda: end.spent)
         with end, end.interrupt.ending():
             done = experiment.tuner(ours, job, broker, placed.at_once).fit()

@@ -13,9 +13,10 @@ from ray.tune.experiment import Trial
 
 from jobs.sweep.broker import Report
 from jobs.sweep.configs import config_of
-from orchestrator.runs.events import EventWriter
+from orchestrator.runs.events import EventWriter, read_events
 from orchestrator.runs.result import SweepCompute, SweepResult, TrialResult
 from orchestrator.runs.states import TrialState
+from orchestrator.runs.sweeps import SweepProgress
 from orchestrator.spec.search import Config
 from orchestrator.spec.sweep import SweepSpec, trial_name
 from orchestrator.store import Store, names_path
@@ -62,6 +63,8 @@ class Trials:
         self._lock = threading.RLock()
         self._best: tuple[str, tuple[float, float]] | None = None
         self.compute = SweepCompute()
+        self._began: float | None = None
+        self._before = _seconds_trained(store, run) if sweep.budget and sweep.budget.seconds else 0.0
 
     def made(self, trials: list[Any]) -> dict[str, int]:
         """All of Tune's trials so far, in order; what an earlier attempt had of them is in their last results.
@@ -107,10 +110,16 @@ class Trials:
             if not one.state.over:
                 self._say(one, TrialState.RUNNING)
 
+    @property
+    def seconds(self) -> float:
+        """Of training, from the first step on, and those of earlier attempts; for budgets."""
+        return self._before + (time.monotonic() - self._began if self._began is not None else 0.0)
+
     def progressed(self, trial: str, report: Report) -> None:
         """For people to watch: what a report says later stands."""
         with self._lock:
             one = self._known.get(trial)
+            self._trains(report)
             if one is not None and not one.state.over and report["step"] >= one.last.get("step", 0):
                 one.last |= report
                 self._say(one, TrialState.RUNNING)
@@ -119,6 +128,7 @@ class Trials:
         with self._lock:
             one = self._known[trial]
             one.last = {**one.last, **{name: value for name, value in report.items() if value is not None}}
+            self._trains(report)
             self._count(report)
             self._say(one, TrialState(report["state"]), _words(report))
             value = self._value(one)
@@ -155,6 +165,10 @@ class Trials:
             why=why,
             compute=self.compute,
         )
+
+    def _trains(self, report: Report) -> None:
+        if self._began is None and report.get("step"):
+            self._began = time.monotonic()
 
     def _count(self, report: Report) -> None:
         """What the sweep has computed, by the newest report."""
@@ -211,6 +225,14 @@ class Telling(tune.Callback):
     def _made(self, trials: list[Any]) -> None:
         if decided := Telling.trials.made(trials):
             Telling.broker.decided.remote(decided)
+
+
+def _seconds_trained(store: Store, run: str) -> float:
+    """In earlier attempts."""
+    progress = SweepProgress()
+    for event in read_events(store, run):
+        progress.take(event)
+    return progress.seconds_trained
 
 
 def _words(report: Report) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -153,18 +152,19 @@ class Budget:
     """Seconds and tokens that a sweep may take.
 
     Args:
+        seconds: asked how long was trained.
         tokens: asked how many were computed.
     """
 
-    def __init__(self, sweep: SweepSpec, tokens: Callable[[], int], clock: Callable[[], float] = time.monotonic):
-        self._budget, self._tokens, self._clock, self._began = sweep.budget, tokens, clock, clock()
+    def __init__(self, sweep: SweepSpec, seconds: Callable[[], float], tokens: Callable[[], int]):
+        self._budget, self._seconds, self._tokens = sweep.budget, seconds, tokens
 
     @property
     def spent(self) -> str | None:
         """What is, in words."""
         if self._budget is None:
             return None
-        if self._budget.seconds is not None and self._clock() - self._began >= self._budget.seconds:
+        if self._budget.seconds is not None and self._seconds() >= self._budget.seconds:
             return f"{self._budget.seconds:g} seconds"
         if self._budget.tokens is not None and self._tokens() >= self._budget.tokens:
             return f"{self._budget.tokens:,} tokens"

@@ -116,6 +116,8 @@ class SweepProgress(_Newest):
     _best: str | None = None
     _left: tuple[float, float] | None = None
     _spans: dict[int, tuple[float, float]] = field(default_factory=dict, repr=False)
+    """Of each attempt: when a trial was first told of, and when last; beside it, a trial that had taken a step."""
+    _trained: dict[int, tuple[float, float]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, run: Run, events: Iterable[Event] = ()) -> SweepProgress:
@@ -153,8 +155,9 @@ class SweepProgress(_Newest):
         if event.type == "trial" and isinstance(name := event.data.get("trial"), str):
             trial = self.named.setdefault(name, Trial(name))
             trial.take(event, order)
-            first, last = self._spans.get(order[0], (event.created_at, event.created_at))
-            self._spans[order[0]] = (min(first, event.created_at), max(last, event.created_at))
+            _widen(self._spans, order[0], event.created_at)
+            if event.data.get("step"):
+                _widen(self._trained, order[0], event.created_at)
             return trial
         if event.type == "sweep":
             self._take_sweep(event, order)
@@ -224,6 +227,11 @@ class SweepProgress(_Newest):
         left += usual * self.counts().get(TrialState.PENDING, 0)
         return left * elapsed / done
 
+    @property
+    def seconds_trained(self) -> float:
+        """From each attempt's first step to its last."""
+        return sum(last - first for first, last in self._trained.values())
+
     def _elapsed(self, now: float) -> float:
         """Seconds in which trials ran; what lay between attempts does not count."""
         if not self._spans:
@@ -245,6 +253,11 @@ class SweepProgress(_Newest):
             self._best = data["best"]
         if _is_number(data.get("seconds_left")) and self._newer("left", order):
             self._left = (float(data["seconds_left"]), event.created_at)
+
+
+def _widen(spans: dict[int, tuple[float, float]], attempt: int, at: float) -> None:
+    first, last = spans.get(attempt, (at, at))
+    spans[attempt] = min(first, at), max(last, at)
 
 
 def _order(event: Event) -> Order:

@@ -11,6 +11,8 @@ import pytest
 from jobs.sweep.configs import CONFIG
 from jobs.sweep.experiment import nobody_won
 from jobs.sweep.trials import Trials
+from jobs.sweep.tuning import Budget
+from orchestrator.runs.events import EventWriter
 from orchestrator.runs.states import TrialState
 from orchestrator.spec.sweep import SweepSpec
 from orchestrator.store import Store
@@ -75,6 +77,30 @@ def test_of_equal_shares_the_lowest_loss_wins_whoever_is_heard_first(make: Any) 
         for trial in order:
             ended(trials, trial, {"id1": 0.4, "id2": 0.3}[trial], exact_match=0.5)
         assert best(trials) == "t02"
+
+
+def test_seconds_of_training_go_on_where_an_earlier_attempt_left_off(
+    tmp_path: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What passes before the first step, and between attempts, is not training."""
+    store, events = Store(str(tmp_path)), EventWriter(Store(str(tmp_path)), "run", 1, "driver")
+    for at, state, step in ((1000.0, "pending", None), (1020.0, "running", 1), (1065.0, "running", 9)):
+        with monkeypatch.context() as then:
+            then.setattr("orchestrator.runs.events.time.time", lambda at=at: at)
+            events.emit("trial", trial="t01", state=state, step=step)
+    events.close()
+    searched = {"search": {"epochs": {"choice": [1, 2]}}, "budget": {"seconds": 60}}
+    trials = Trials(SweepSpec.model_validate(searched), said, store, "run")  # type: ignore[arg-type]
+    trials.made([SimpleNamespace(trial_id="id1", config={CONFIG: {}}, status="PENDING", last_result={})])
+    budget = Budget(trials._sweep, seconds=lambda: trials.seconds, tokens=lambda: 0)
+    clock = [5000.0]
+    monkeypatch.setattr("jobs.sweep.trials.time.monotonic", lambda: clock[0])
+    assert (trials.seconds, budget.spent) == (45.0, None)
+    trials.progressed("id1", {"step": 10, "state": "running"})
+    clock[0] += 14.0
+    assert (trials.seconds, budget.spent) == (59.0, None)
+    clock[0] += 1.0
+    assert budget.spent == "60 seconds"
 
 
 def test_one_without_the_metric_cannot_win(make: Any) -> None:
