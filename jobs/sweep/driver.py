@@ -10,7 +10,6 @@ from jobs import attempt, workers
 from jobs.attempt import Attempt
 from jobs.sweep import experiment, packed_driver, placement, separate, tuning
 from jobs.sweep.placement import Placement
-from orchestrator.errors import JobFailed
 from orchestrator.runs.result import RunResult
 from orchestrator.spec.resolved import ResolvedSpec
 from orchestrator.store import alone_path
@@ -32,12 +31,6 @@ def _run(ours: Attempt) -> RunResult:
         if (why := packed_driver.why_alone(result)) is None:
             return result
         placed = _parted(ours, resolved, shape, why)
-    metric = resolved.spec.sweep.metric if resolved.spec.sweep else ""
-    if metric != "validation_loss":
-        raise JobFailed(
-            f"The trials cannot share a base model ({placed.why}), and trials that train apart are not decided by {metric} yet.",
-            hint="Set sweep.metric to validation_loss; the winner is evaluated anyway.",
-        )
     return separate.run(ours, resolved, shape, placed)
 
 

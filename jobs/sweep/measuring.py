@@ -8,7 +8,7 @@ as its last report, has the metric in it: Optuna draws later trials by it, and n
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,28 @@ Measured = dict[str, Any]
 """What a trial's last report gets: `metrics`, or the `message` that says why there are none."""
 
 
+def _with_adapter(directory: Path) -> Candidate:
+    return Candidate(directory=directory)
+
+
 class Measure:
     """
     Args:
         network: that the trials are trained on; it is left as it was.
         rows: to answer; rank 0 has them.
+        candidate: who answers for a trial with these files.
     """
 
-    def __init__(self, session: Session, network: Any, tokenizer: Any, rows: Sequence[TestRow]):
+    def __init__(
+        self,
+        session: Session,
+        network: Any,
+        tokenizer: Any,
+        rows: Sequence[TestRow],
+        candidate: Callable[[Path], Candidate] = _with_adapter,
+    ):
         self._session, self._network, self._tokenizer, self._rows = session, network, tokenizer, rows
+        self._candidate = candidate
         self._beat_at = 0.0
 
     def __call__(self, adapters: Mapping[str, Path]) -> dict[str, Measured]:
@@ -90,7 +103,7 @@ class Measure:
             self._session.say("progress", phase="evaluating", done=done, total=total)
             self._beat()
 
-        candidates = [Candidate(directory=path) for path in adapters.values()]
+        candidates = [self._candidate(path) for path in adapters.values()]
         answers = answer(self._network, self._tokenizer, rows, candidates, spec.max_new_tokens, progress)
         expected = [row.answer for row in rows]
         scores = [score(spec.metrics, expected, given) for given in answers]
@@ -107,22 +120,32 @@ def measure_of(session: Session, network: Any, tokenizer: Any, data: PreparedDat
     assert spec.sweep is not None
     if spec.sweep.metric == "validation_loss":
         return None
-    assert spec.evaluate is not None
     rows: list[TestRow] = []
     if session.place.rank == 0:
-        most = spec.evaluate.rows or MOST_ROWS
-        rows = validation_rows(
-            session.resolved.data, spec.data, data, most=most, store=session.store, cache=session.cache
-        )
-        if not rows:
-            raise DataError(
-                f"The sweep is decided by {spec.sweep.metric} on the validation rows, and none of them has a question and an answer.",
-                hint="Set data.validation to a file of such rows, or to a larger fraction; or sweep.metric to validation_loss.",
-                value=spec.sweep.metric,
-            )
+        rows = rows_to_answer(session, data)
         session.say(
             "message",
             f"Trials are compared by {spec.sweep.metric} on {len(rows)} validation rows; evaluate.rows says how many.",
             rows=len(rows),
         )
     return Measure(session, network, tokenizer, rows)
+
+
+def rows_to_answer(session: Session, data: PreparedData) -> list[TestRow]:
+    """What decides a sweep by an evaluation metric.
+
+    Raises:
+        DataError: no validation row asks anything.
+    """
+    spec = session.spec
+    assert spec.sweep is not None
+    assert spec.evaluate is not None
+    most = spec.evaluate.rows or MOST_ROWS
+    rows = validation_rows(session.resolved.data, spec.data, data, most=most, store=session.store, cache=session.cache)
+    if not rows:
+        raise DataError(
+            f"The sweep is decided by {spec.sweep.metric} on the validation rows, and none of them has a question and an answer.",
+            hint="Set data.validation to a file of such rows, or to a larger fraction; or sweep.metric to validation_loss.",
+            value=spec.sweep.metric,
+        )
+    return rows

@@ -6,21 +6,27 @@ import logging
 import math
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from jobs.data import PreparedData, TestRow
+from jobs.evaluate import BASE, Candidate
 from jobs.sweep import history
 from jobs.sweep.broker import RUNG, Config, Report
+from jobs.sweep.measuring import Measure, Measured, rows_to_answer
+from jobs.train.artifact import PUBLISHED
 from jobs.train.background import patiently
 from jobs.train.checkpoints import Checkpoints
+from jobs.train.engines import State
 from jobs.train.fence import check_still_ours
 from jobs.train.loop import Hooks
-from jobs.train.publish import write_artifact
+from jobs.train.publish import loaded_back, write_artifact
 from jobs.train.session import Session
-from jobs.train.setup import Trainable
+from jobs.train.setup import Place, Trainable, give_back_freed_memory
 from jobs.train.steps import Progress
 from jobs.train.worker import fine_tune, load
 from orchestrator.errors import StoreError
@@ -122,7 +128,8 @@ def run_trial(session: Session, broker: Any, trial: str, name: str, config: Conf
 
 def _trained(session: Session, line: Line, config: Config) -> str | None:
     """Train, and keep what comes of it; or what ended it before: `pause` or `cancel`."""
-    base, _, data = load(session)
+    base, tokenizer, data = load(session)
+    rows = _rows_that_decide(session, data)
     own = _as_a_run(session, line.trial, config, rows=len(data.train))
     keep = own.spec.train.checkpoint
     checkpoints = Checkpoints(
@@ -137,8 +144,34 @@ def _trained(session: Session, line: Line, config: Config) -> str | None:
     finally:
         checkpoints.finish()
     if stop is None:
-        _keep(own, line, trainable, base)
+        _keep(own, line, trainable, base, lambda state: _measured(own, rows, trainable, base, tokenizer, state))
     return stop
+
+
+def _rows_that_decide(session: Session, data: PreparedData) -> list[TestRow]:
+    """None where the validation loss does, and on ranks that do not answer."""
+    sweep = session.spec.sweep
+    assert sweep is not None
+    if sweep.metric == "validation_loss" or session.place.rank:
+        return []
+    return rows_to_answer(session, data)
+
+
+def _measured(
+    session: Session, rows: list[TestRow], trainable: Trainable, base: BaseModel, tokenizer: Any, state: State
+) -> Measured:
+    """What the trained model scores, from its files; the other ranks have ended."""
+    if not rows:
+        return {}
+    alone = replace(session, place=Place(device=session.place.device))
+    give_back_freed_memory()
+    with tempfile.TemporaryDirectory(prefix="adaptory-", dir=session.cache) as folder:
+        directory = Path(folder) / "artifact"
+        write_artifact(directory, session, trainable, base, state["weights"])
+        network = loaded_back(directory, session, trainable, base)
+        full = session.spec.tuning.type == "full"
+        measure = Measure(alone, network, tokenizer, rows, lambda files: BASE if full else Candidate(PUBLISHED, files))
+        return measure({session.resolved.run: directory})[session.resolved.run]
 
 
 def _as_a_run(session: Session, trial: str, config: Config, rows: int) -> Session:
@@ -191,8 +224,13 @@ def _said(progress: Progress, state: TrialState) -> Report:
     return {"state": state.value, **numbers}
 
 
-def _keep(session: Session, line: Line, trainable: Trainable, base: BaseModel) -> None:
+def _keep(
+    session: Session, line: Line, trainable: Trainable, base: BaseModel, measured: Callable[[State], Measured]
+) -> None:
     """What was trained, in the store; then the last report.
+
+    Args:
+        measured: is given the trained weights, and says what the last report has besides.
 
     Raises:
         StoreError: it was away, or full, for `KEEP_SECONDS`.
@@ -200,7 +238,7 @@ def _keep(session: Session, line: Line, trainable: Trainable, base: BaseModel) -
     state = trainable.engine.state()  # every rank takes part
     if state is None:
         return
-    said = _said(session.progress, TrialState.FINISHED)
+    said = _said(session.progress, TrialState.FINISHED) | measured(state)
     line.reports = [*(one for one in line.reports if one["step"] < said["step"]), said]
 
     def publish() -> None:

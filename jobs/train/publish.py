@@ -49,7 +49,7 @@ def publish(session: Session, trainable: Trainable, base: BaseModel, tokenizer: 
         directory = Path(folder) / "artifact"
         with session.phase("publishing"):
             write_artifact(directory, session, trainable, base, state["weights"])
-            published = _loaded_back(directory, session, trainable, base)
+            published = loaded_back(directory, session, trainable, base)
             probes = check_same(
                 trained,
                 lambda: published.logits(probe, keep, None if full else PUBLISHED).float(),
@@ -100,7 +100,7 @@ def write_artifact(
         write_trained_adapter(directory, tuning, base.loadable_name, tensors)
 
 
-def _loaded_back(directory: Path, session: Session, trainable: Trainable, base: BaseModel) -> Decoder | PlainDecoder:
+def loaded_back(directory: Path, session: Session, trainable: Trainable, base: BaseModel) -> Decoder | PlainDecoder:
     """A network that holds what the files say: the trained one with one more slot, or a fresh one."""
     spec = session.spec
     if isinstance(spec.tuning, FullTuning):

@@ -162,10 +162,9 @@ def _compare(spec: JobSpec, settings: Settings) -> str:
 def plan(spec: JobSpec, backend: Backend) -> dict[str, Any]:
     """What `run` would do, written to `ADAPTORY_HOME/dry-runs/<name>/` and returned; nothing is uploaded or started."""
     from orchestrator import store as paths
-    from orchestrator.runs.submission import refuse_later, resolve
+    from orchestrator.runs.submission import resolve
 
     settings = backend.settings
-    refuse_later(spec)
     checked = _check(spec, settings)
     report, notes = checked.data, [*checked.notes, *filter(None, [_compare(spec, settings)])]
     resolved = resolve(spec, run=None, store=_unsaved(settings.store), resolve_data=_resolve_data)

@@ -24,7 +24,6 @@ from orchestrator.errors import (
     IllegalTransition,
     RunError,
     SettingsError,
-    SpecError,
     TrialError,
     TrialNotFound,
 )
@@ -61,29 +60,9 @@ def refuse_early(spec: JobSpec, *, store: Store, db: Database) -> None:
     Raises:
         RunExists: the name is taken.
         SettingsError: the store's URL holds credentials.
-        SpecError: a sweep of a kind that does not run yet.
     """
     refuse_credentials(store)
-    refuse_later(spec)
     repository.refuse_taken_name(db, spec)
-
-
-def refuse_later(spec: JobSpec) -> None:
-    """Sweeps that the spec can say and the job cannot compute yet.
-
-    Raises:
-        SpecError: with what can be said instead.
-    """
-    sweep = spec.sweep
-    if sweep is None or sweep.metric == "validation_loss":
-        return
-    if sweep.placement in ("concurrent", "one_by_one") or spec.tuning.type != "lora" or not spec.train.packing:
-        raise SpecError(
-            f"A sweep by {sweep.metric} whose trials train apart does not run yet.",
-            hint="Set sweep.metric to validation_loss; the winner is evaluated anyway.",
-            field="sweep.metric",
-            value=sweep.metric,
-        )
 
 
 def submit(

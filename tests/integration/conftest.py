@@ -15,7 +15,7 @@ from orchestrator.runs.result import RunResult
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.resolved import ResolvedSpec
 from orchestrator.store import Store, adapter_path, spec_path
-from tests.integration.sweep_process import Running
+from tests.integration.sweep_process import EVALUATE, Running
 
 
 class Killed(BaseException):
@@ -153,3 +153,16 @@ def start(ray_local: None, home: Path) -> Any:
         if running.process.poll() is None:
             running.process.kill()
             running.process.wait()
+
+
+@pytest.fixture
+def by_answers(make_job: Any, entities_rows: Any, tmp_path: Path) -> Callable[..., Any]:
+    """`by_answers(sweep)`: eight rows that a tiny model learns by heart within sixty steps, to train on, to choose by and to test."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in entities_rows[:8]), encoding="utf-8")
+    data = dict.fromkeys(("train", "validation", "test"), str(rows))
+    train = {"learning_rate": 1e-2, "warmup_steps": 2, "epochs": 60}
+    lora = {"type": "lora", "rank": 16}
+    return lambda sweep, **more: make_job(
+        **{"sweep": sweep, "data": data, "train": train, "tuning": lora, "evaluate": EVALUATE} | more
+    )

@@ -27,6 +27,7 @@ PATIENCE = 300.0
 LOOK = 0.1
 """Seconds between looks."""
 ROWS = 32
+EVALUATE = {"metrics": ["exact_match", "entity_f1"], "max_new_tokens": 64}
 
 
 class Running:

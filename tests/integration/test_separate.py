@@ -15,7 +15,7 @@ import ray
 from orchestrator.runs.events import read_events
 from orchestrator.runs.states import RunState, TrialState
 from orchestrator.store import adapter_path, control_path, separate_path, stop_trials_path, trial_path
-from tests.integration.sweep_process import actors, kill, patiently, solo, trials, values
+from tests.integration.sweep_process import EVALUATE, actors, kill, patiently, solo, trials, values
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
@@ -191,4 +191,20 @@ def test_a_network_that_cannot_be_shared_parts_the_trials(make_job: Any, start: 
     assert "plain path" in sweep.why
     assert sweep.why.endswith(
         "1 trial at once: each takes 2 CPUs of 2; with resources.cpus_per_worker: 1 there is room for 2"
+    )
+
+
+@pytest.mark.parametrize("tuning", [{"type": "qlora", "rank": 16}, FULL], ids=["qlora", "full"])
+def test_the_best_answers_win(by_answers: Any, start: Any, tuning: dict[str, Any]) -> None:
+    space = {"search": {"epochs": {"grid": [5, 60]}}, "searcher": "grid", "scheduler": "none", "metric": "entity_f1"}
+    rate = 1e-2 if tuning["type"] == "qlora" else 2e-3
+    train = {"learning_rate": rate, "warmup_steps": 2, "epochs": 60}
+    result = start(by_answers(space, tuning=tuning, resources=ONE_CPU, train=train)).end()
+    sweep = trials(result)
+    by_epochs = {one.config["train.epochs"]: one for one in sweep.trials}
+    assert sweep.winner is by_epochs[60]
+    assert by_epochs[60].metrics["entity_f1"] > by_epochs[5].metrics["entity_f1"] == 0.0
+    assert result.evaluation is not None
+    assert result.evaluation.after == {name: by_epochs[60].metrics[name] for name in EVALUATE["metrics"]}, (
+        "the same rows"
     )

@@ -5,9 +5,7 @@ Each sweep is `python -m jobs.sweep` in a process of its own, on a tiny model in
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import pytest
 from orchestrator.registry.adapters import read_provenance
 from orchestrator.runs.states import RunState, TrialState
 from orchestrator.store import adapter_path, control_path, stop_trials_path
-from tests.integration.sweep_process import kill, solo, trials, values
+from tests.integration.sweep_process import EVALUATE, kill, solo, trials, values
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
@@ -27,9 +25,6 @@ TRUNKS = {
 }
 LONG = TRUNKS | {"search": {"learning_rate": {"grid": [2e-3, 5e-3]}, "epochs": {"grid": [1, 40]}}}
 WSD = {"schedule": "warmup_stable_decay", "decay": 0.25, "warmup": 0.1}
-
-
-EVALUATE = {"metrics": ["exact_match", "entity_f1"], "max_new_tokens": 64}
 
 
 def test_every_trial_is_its_own_run_and_the_best_wins(make_job: Any, start: Any) -> None:
@@ -154,18 +149,6 @@ def test_all_diverge(make_job: Any, start: Any) -> None:
     assert result.state is RunState.FAILED
     assert result.error is not None
     assert result.error["message"] == "All 2 trials diverged, at learning rates from 80 to 90."
-
-
-@pytest.fixture
-def by_answers(make_job: Any, entities_rows: Any, tmp_path: Path) -> Callable[..., Any]:
-    """`by_answers(sweep)`: eight rows that a tiny model learns by heart within sixty steps, to train on, to choose by and to test."""
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in entities_rows[:8]), encoding="utf-8")
-    data = dict.fromkeys(("train", "validation", "test"), str(rows))
-    train = {"learning_rate": 1e-2, "warmup_steps": 2, "epochs": 60}
-    return lambda sweep, **more: make_job(
-        sweep=sweep, data=data, train=train, tuning={"type": "lora", "rank": 16}, evaluate=EVALUATE, **more
-    )
 
 
 def test_the_best_answers_win(by_answers: Any, start: Any) -> None:

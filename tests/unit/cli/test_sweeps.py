@@ -534,18 +534,3 @@ def test_pictures_of_trials_that_have_not_begun_or_all_diverged(tmp_path):
         config = {"train.learning_rate": 0.1 * (number + 1)}
         lost.take(said(number, trial=f"t{number}", state="diverged", config=config, step=1, loss=1e30))
     assert len(save(lost, "w", tmp_path)) == 4
-
-
-@pytest.mark.parametrize("more", [[], ["--dry-run"]])
-def test_what_does_not_run_yet_is_refused_before_anything_starts(adaptory, wide, more):
-    settings = (
-        "evaluate={metrics: [exact_match]}",
-        "sweep.metric=exact_match",
-        "data.test=t.jsonl",
-        "sweep.placement=one_by_one",
-    )
-    measured = [word for setting in settings for word in ("--set", setting)]
-    answer = adaptory("run", wide, *measured, *more, "--json")
-    assert answer.code == 2
-    assert "does not run yet" in answer.json["error"]["message"]
-    assert adaptory("runs", "list", "--json").json == []
