@@ -154,6 +154,9 @@ def _crowner(config: dict[str, Any]) -> dict[str, Any] | None:
     workers.give_way(config)
     from jobs.sweep.worker import crown
 
+    sweep = SweepResult.model_validate(config["sweep"])
     with workers.entered(config, began) as session:
-        result = crown(session, config["best"], SweepResult.model_validate(config["sweep"]))
+        session.seconds["training"] = sweep.compute.seconds  # which this worker has waited for
+        session.seconds["worker_start"] = round(session.seconds["worker_start"] - sweep.compute.seconds, 2)
+        result = crown(session, config["best"], sweep)
     return workers.handed_in(session, result)

@@ -67,17 +67,17 @@ def test_full_tuning_is_tried_as_many_at_once_as_fit_and_each_is_its_own_run(mak
 
 
 def test_who_is_stopped_leaves_nothing_running(make_job: Any, start: Any) -> None:
-    search = {"learning_rate": {"grid": [1e-3, 1e-7]}, "epochs": {"grid": [30]}}
-    job = make_job(tuning=FULL, resources=ONE_CPU, sweep={"search": search, "searcher": "grid", "reduction_factor": 2})
-    running = start(job)
-    running.until(lambda: [e for e in running.events("trial") if e.data["state"] == "stopped"])
-    running.until(lambda: len(actors("RayTrainWorker")) < 2)
+    """The second has the first before it at its first rung; the third begins once it has gone."""
+    search = {"learning_rate": {"grid": [1e-3, 1e-7, 2e-3]}, "epochs": {"grid": [20]}}
+    space = {"search": search, "searcher": "grid", "reduction_factor": 2, "max_concurrent": 1}
+    running = start(make_job(tuning=FULL, resources=ONE_CPU, sweep=space))
+    running.until(lambda: [e for e in running.events("trial") if e.data["trial"] == "t03" and "step" in e.data])
+    assert len(actors("RayTrainWorker")) == 1
     sweep = trials(running.end())
-    by_rate = {one.config["train.learning_rate"]: one for one in sweep.trials}
-    assert (by_rate[1e-7].state, by_rate[1e-3].state) == (TrialState.STOPPED, TrialState.FINISHED)
-    assert by_rate[1e-7].message == "stopped by the scheduler"
-    assert by_rate[1e-7].steps < by_rate[1e-3].steps == 120
-    assert by_rate[1e-7].epochs == int(by_rate[1e-7].epochs), "at the end of an epoch, and no step later"
+    first, second, _ = sweep.trials
+    assert (first.state, first.steps) == (TrialState.FINISHED, 80)
+    assert (second.state, second.steps) == (TrialState.STOPPED, 4), "at the end of an epoch, and no step later"
+    assert second.message == "stopped by the scheduler"
     assert nothing_is_left()
 
 
