@@ -668,6 +668,29 @@ def test_two_workers_are_one(
         assert first[trial].validation == second[trial].validation
 
 
+@pytest.mark.timeout(60)
+def test_a_worker_without_a_row_goes_the_way_that_the_others_go(tiny_model: Models, rows: Any, as_ranks: Any) -> None:
+    """With a batch of one row, the second of two workers has nothing to compute, and still takes part in what is decided."""
+    directory = tiny_model("llama")
+    one = {"train__batch_size": 1, "train__epochs": 0.5}
+    specs = {
+        "a": made_spec(**one),
+        "b": made_spec(train__learning_rate=5e-3, **one),
+        "c": made_spec(train__seed=1, **one),
+    }
+    expected = packed(group_of(directory, rows), specs)
+
+    def work(place: Place) -> dict[str, Course]:
+        group = group_of(directory, rows, place=place)
+        group.pace = Pace(cores=2)
+        return packed(group, specs)
+
+    first, second = as_ranks(2, work)
+    for trial in specs:
+        check_close(first[trial], expected[trial])
+        assert same(first[trial], second[trial])
+
+
 def test_two_workers_go_on_from_a_snapshot(tiny_model: Models, rows: Any, as_ranks: Any, tmp_path: Path) -> None:
     directory = tiny_model("llama")
     specs = {name: MIXED[name] for name in ("plain", "dropout")}
