@@ -15,7 +15,7 @@ from jobs.sweep.measuring import Measure, Measured
 from jobs.sweep.packed import PackedGroup
 from jobs.sweep.reports import TrialReport
 from jobs.sweep.snapshots import Snapshot
-from jobs.train.background import Background, patiently
+from jobs.train.background import KEEP_SECONDS, Background, patiently
 from jobs.train.exhausted import explained_exhaustion
 from jobs.train.fence import check_still_ours
 from jobs.train.session import Session
@@ -36,8 +36,6 @@ from orchestrator.store import checkpoint_path, checkpoints_path, trial_path
 SNAPSHOT_SECONDS = 60.0
 SNAPSHOT_PAUSES = 20
 """Times as long as writing a snapshot took are none written: the disk is others' too."""
-KEEP_SECONDS = 120.0
-"""That a finished trial waits for a store that does not take it; all others wait with it."""
 UNCLAIMED_SECONDS = 60.0
 """For which a course that was restored waits for its trial: Tune may have stopped it before the group died."""
 

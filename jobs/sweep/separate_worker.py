@@ -19,7 +19,7 @@ from jobs.sweep import history
 from jobs.sweep.broker import RUNG, Config, Report
 from jobs.sweep.measuring import Measure, Measured, rows_to_answer
 from jobs.train.artifact import PUBLISHED
-from jobs.train.background import patiently
+from jobs.train.background import KEEP_SECONDS, patiently
 from jobs.train.checkpoints import Checkpoints
 from jobs.train.engines import State
 from jobs.train.fence import check_still_ours
@@ -31,7 +31,7 @@ from jobs.train.steps import Progress
 from jobs.train.worker import fine_tune, load
 from orchestrator.errors import StoreError
 from orchestrator.modeling.base_model import BaseModel
-from orchestrator.runs.events import EventType, EventWriter
+from orchestrator.runs.events import Events, EventType, Level
 from orchestrator.runs.result import RunResult
 from orchestrator.runs.states import RunState, TrialState
 from orchestrator.spec.sweep import trial_spec, trunk_warmup
@@ -41,8 +41,6 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
 """Between looks at what is wanted of the trial."""
-KEEP_SECONDS = 120.0
-"""That a finished trial waits for a store that does not take it."""
 
 
 @dataclass
@@ -117,7 +115,7 @@ def run_trial(session: Session, broker: Any, trial: str, name: str, config: Conf
         AdaptoryError: what ended it, TrainingDiverged among others.
     """
     place, events = session.place, session.events
-    session = replace(session, events=_Warnings(events, name) if events else None)  # type: ignore[arg-type]
+    session = replace(session, events=_Warnings(events, name) if events else None)
     with Line(session.store, session.resolved.run, trial, None if place.rank else broker) as line:
         stop = place.agree(line.wish)  # it may have waited long for its machines
         if stop is None:
@@ -259,10 +257,10 @@ class _Warnings:
     """In the place of the sweep's events, which tell of a trial by its reports: of what its training says, the log gets all and the
     events what is wrong."""
 
-    def __init__(self, events: EventWriter, name: str):
+    def __init__(self, events: Events, name: str):
         self._events, self._name = events, name
 
-    def emit(self, type: EventType, message: str = "", *, level: Any = "info", **data: Any) -> None:
+    def emit(self, type: EventType, message: str = "", *, level: Level = "info", **data: Any) -> None:
         if message:
             log.info("%s: %s", self._name, message)
         if level != "info":

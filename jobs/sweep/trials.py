@@ -13,7 +13,7 @@ from ray.tune.experiment import Trial
 
 from jobs.sweep.broker import Report
 from jobs.sweep.configs import config_of
-from orchestrator.runs.events import EventWriter, read_events
+from orchestrator.runs.events import Events, read_events
 from orchestrator.runs.result import SweepCompute, SweepResult, TrialResult
 from orchestrator.runs.states import TrialState
 from orchestrator.runs.sweeps import SweepProgress
@@ -56,7 +56,7 @@ class Known:
 class Trials:
     """Every trial of a sweep, by Tune's id; their names count them in the order in which Tune made them."""
 
-    def __init__(self, sweep: SweepSpec, events: EventWriter, store: Store, run: str):
+    def __init__(self, sweep: SweepSpec, events: Events, store: Store, run: str):
         self._sweep, self._events, self._store, self._run = sweep, events, store, run
         self._names: dict[str, str] = store.read_json(names_path(run)) if store.exists(names_path(run)) else {}
         self._known: dict[str, Known] = {}

@@ -9,6 +9,9 @@ from typing import Any
 
 from orchestrator.errors import StoreError, Superseded
 
+KEEP_SECONDS = 120.0
+"""That what a finished trial has trained waits for a store that does not take it."""
+
 
 class Background:
     """One piece of work at a time, in a thread of its own. It deals with its errors itself, but for a newer attempt's claim."""

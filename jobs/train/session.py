@@ -16,7 +16,7 @@ import torch
 from jobs.train.exhausted import explained_exhaustion
 from jobs.train.setup import Place
 from jobs.train.steps import Progress
-from orchestrator.runs.events import EventType, EventWriter
+from orchestrator.runs.events import Events, EventType
 from orchestrator.runs.result import RunResult
 from orchestrator.runs.states import RunState
 from orchestrator.spec.job import JobSpec
@@ -33,7 +33,7 @@ class Session:
     store: Store
     cache: Path
     place: Place
-    events: EventWriter | None = None
+    events: Events | None = None
     """Where rank 0 says what happens; None on the others."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Where the time went, by phase; begins with what was spent before the worker."""

@@ -10,13 +10,14 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, Field
 
 from orchestrator.runs.segments import SegmentWriter, list_segments, read_segment
 from orchestrator.store import Store
 
+Level = Literal["info", "warn", "error"]
 EventType = Literal["message", "metrics", "phase", "progress", "state", "sweep", "trial"]
 
 
@@ -37,9 +38,16 @@ class Event(BaseModel):
     `validation_loss`, `learning_rate`, `tokens`, `metrics` (what `evaluate` measured); the last event of a trial is the truth. `sweep`:
     `data` has `plan` (`placement` and `why`), `best` (a trial's name) with `metric` (its value), `compute`, or `seconds_left`."""
 
-    level: Literal["info", "warn", "error"] = "info"
+    level: Level = "info"
     message: str = ""
     data: dict[str, Any] = Field(default_factory=dict)
+
+
+class Events(Protocol):
+    """Where a job says what happens: an `EventWriter`, or what stands in its place."""
+
+    def emit(self, type: EventType, message: str = "", *, level: Level = "info", **data: Any) -> None: ...
+    def flush(self) -> None: ...
 
 
 class EventWriter:
@@ -62,7 +70,7 @@ class EventWriter:
         type: EventType,
         message: str = "",
         *,
-        level: Literal["info", "warn", "error"] = "info",
+        level: Level = "info",
         **data: Any,
     ) -> None:
         with self._lock:  # so that ids and lines have one order

@@ -128,17 +128,17 @@ def _metric(job: JobSpec, sweep: SweepSpec) -> Iterator[InitErrorDetails]:
     if _unvalidated(job):
         words = f"`sweep.metric` {sweep.metric} is reported by nobody, since data.validation is 0"
         yield _wrong(place, words, "Set data.validation to a fraction such as 0.1, or to a file.", sweep.metric)
+    if sweep.mode not in (None, sweep.better):
+        words = f"`sweep.mode` {sweep.mode} would choose the worst trial by {sweep.metric}"
+        yield _wrong(("mode",), words, f"Write {sweep.better}, or leave it out.", sweep.mode)
     if sweep.metric == "validation_loss":
-        pass
-    elif job.evaluate is None:
+        return
+    if job.evaluate is None:
         words = f"`sweep.metric` {sweep.metric} is reported by nobody, since there is no `evaluate`"
         yield _wrong(place, words, f"Add evaluate: {{metrics: [{sweep.metric}]}}, and data.test.", sweep.metric)
     elif sweep.metric not in job.evaluate.metrics:
         words = f"`sweep.metric` {sweep.metric} is not among evaluate.metrics ({', '.join(job.evaluate.metrics)})"
         yield _wrong(place, words, "Add it there, or choose one of those.", sweep.metric)
-    if sweep.mode not in (None, sweep.better):
-        words = f"`sweep.mode` {sweep.mode} would choose the worst trial by {sweep.metric}"
-        yield _wrong(("mode",), words, f"Write {sweep.better}, or leave it out.", sweep.mode)
 
 
 def _scheduler(job: JobSpec, sweep: SweepSpec) -> Iterator[InitErrorDetails]:

@@ -63,7 +63,7 @@ def session(place: Place, tmp_path: Path, said: Said | None = None) -> Any:
     )
     resolved: Any = SimpleNamespace(spec=spec)
     store: Any = None
-    return Session(resolved, 1, store, tmp_path, place, said if place.rank == 0 else None)  # type: ignore[arg-type]
+    return Session(resolved, 1, store, tmp_path, place, said if place.rank == 0 else None)
 
 
 def test_each_scores_what_it_scores_alone(
@@ -159,3 +159,5 @@ def test_evaluating_has_its_seconds_to_itself_and_training_is_said_again(tmp_pat
         with ours.phase("training"), ours.phase("evaluating"):
             pass
     assert ours.seconds == {"training": 5.0, "evaluating": 5.0}
+
+    def flush(self) -> None: ...

@@ -40,7 +40,7 @@ def store(tmp_path: Path) -> Store:
 def trials(store: Store) -> SeparateTrials:
     """Three, each with what it has trained in the store."""
     sweep = SweepSpec.model_validate({"search": {"learning_rate": {"grid": [1e-4, 1e-3, 1e-2]}}})
-    made = SeparateTrials(sweep, Silent(), store, "r")  # type: ignore[arg-type]
+    made = SeparateTrials(sweep, Silent(), store, "r")
     given = [
         SimpleNamespace(trial_id=f"id{n}", config={CONFIG: {}}, status="PENDING", last_result={}) for n in range(3)
     ]
@@ -107,3 +107,5 @@ def test_a_history_is_what_was_written_last(store: Store) -> None:
     assert history.read(store, "r", "id0") == []
     history.write(store, "r", "id0", [finished(1.0)])
     assert history.read(store, "r", "id0") == [finished(1.0)]
+
+    def flush(self) -> None: ...

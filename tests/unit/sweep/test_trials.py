@@ -37,7 +37,7 @@ def make(tmp_path: Path, said: Said) -> Any:
 
     def made(metric: str, count: int) -> Trials:
         sweep = SweepSpec.model_validate({"search": {"epochs": {"choice": [1, 2, 3]}}, "metric": metric})
-        trials = Trials(sweep, said, Store(str(tmp_path)), "run")  # type: ignore[arg-type]
+        trials = Trials(sweep, said, Store(str(tmp_path)), "run")
         new = [
             SimpleNamespace(trial_id=f"id{n}", config={CONFIG: {"train.epochs": n}}, status="PENDING", last_result={})
             for n in range(1, count + 1)
@@ -90,7 +90,7 @@ def test_seconds_of_training_go_on_where_an_earlier_attempt_left_off(
             events.emit("trial", trial="t01", state=state, step=step)
     events.close()
     searched = {"search": {"epochs": {"choice": [1, 2]}}, "budget": {"seconds": 60}}
-    trials = Trials(SweepSpec.model_validate(searched), said, store, "run")  # type: ignore[arg-type]
+    trials = Trials(SweepSpec.model_validate(searched), said, store, "run")
     trials.made([SimpleNamespace(trial_id="id1", config={CONFIG: {}}, status="PENDING", last_result={})])
     budget = Budget(trials._sweep, seconds=lambda: trials.seconds, tokens=lambda: 0)
     clock = [5000.0]
@@ -119,3 +119,5 @@ def test_where_none_has_the_metric_it_is_said_why(make: Any) -> None:
     assert error.message == (
         "Of the 1 trials that came to their end, none has entity_f1; of t01: could not be evaluated: no room."
     )
+
+    def flush(self) -> None: ...
