@@ -64,6 +64,15 @@ def test_every_trial_is_its_own_run_and_the_best_wins(make_job: Any, start: Any)
     assert [event.data["best"] for event in running.events("sweep") if "best" in event.data][-1] == sweep.best
 
 
+def test_two_workers_share_a_group(make_job: Any, start: Any) -> None:
+    """Over gloo, with a batch of three rows that leaves them unequal shares."""
+    more = {"train": WSD | {"batch_size": 3}, "sweep": TRUNKS}
+    one = trials(start(make_job(name="one", **more)).end())
+    two = trials(start(make_job(resources={"workers": 2, "cpus_per_worker": 1}, **more)).end())
+    assert values(two) == pytest.approx(values(one), rel=1e-4)
+    assert (two.best, two.compute.steps) == (one.best, one.compute.steps)
+
+
 def test_a_killed_group_and_a_killed_trial_change_nothing(make_job: Any, start: Any) -> None:
     """kill -9 of the worker that trains, after its first reports, and of one trial's process."""
     job = make_job(sweep=LONG, train=WSD | {"warmup": 0}, resources={"max_failures": 2})
