@@ -111,13 +111,21 @@ class Workers:
 def _trainer_class(shape: WorkerShape) -> Any:
     """One worker on a CPU needs no process group, and without one neither this process nor Ray Train's controller imports
     torch: several seconds less before the first step. Otherwise the group is nccl on GPUs and gloo on CPUs."""
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+
+    base: Any
     if shape.workers == 1 and not shape.gpus_per_worker:
-        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer as base
+    else:
+        from ray.train.torch import TorchTrainer as base
 
-        return DataParallelTrainer
-    from ray.train.torch import TorchTrainer
+    class Trainer(base):
+        """Starts no manager of Ray's datasets, which no run has: a process of two seconds beside the workers' own start."""
 
-    return TorchTrainer
+        def _create_default_callbacks(self) -> list[Any]:
+            return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
+
+    return Trainer
 
 
 def _for_workers() -> dict[str, str]:

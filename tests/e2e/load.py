@@ -6,7 +6,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,6 +47,8 @@ class Load:
     tokens: int
     clients: int = 6
     outcomes: list[Outcome] = field(default_factory=list)
+    streaming: dict[int, tuple[str, float]] = field(default_factory=dict)
+    """By client: the replica that writes its stream now, and when its first words came, by `time.monotonic`."""
     _ending: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
 
@@ -70,6 +72,16 @@ class Load:
             assert time.monotonic() - start < seconds, f"nothing is answered any more: {self.outcomes[-5:]}"
             time.sleep(0.05)
 
+    def stream_begins_on(self, replicas: Collection[str], seconds: float = 60.0) -> str:
+        """Wait until one of these replicas has just begun to write a stream; its name."""
+        start = time.monotonic()
+        while True:
+            for replica, began in list(self.streaming.values()):
+                if replica in replicas and began > start:
+                    return replica
+            assert time.monotonic() - start < seconds, f"no stream begins on any of {replicas}: {self.outcomes[-5:]}"
+            time.sleep(0.005)
+
     def wrong(self) -> list[Outcome]:
         """Answers that are not what the adapter says: another text, or a part of it that claims to be all."""
         return [o for o in self.outcomes if not self._right(o)]
@@ -87,18 +99,37 @@ class Load:
         for seed in itertools.cycle(self.answers[tenant]):
             if self._ending.is_set():
                 return
-            outcome = ask(self.endpoint, tenant, seed, self.tokens, stream=stream)
+            outcome = self._ask(number, tenant, seed, stream)
             while outcome.status == 429 and not self._ending.is_set():  # as OpenAI's client does, a few times
                 time.sleep(0.2)
-                outcome = ask(self.endpoint, tenant, seed, self.tokens, stream=stream)
+                outcome = self._ask(number, tenant, seed, stream)
             if outcome.status == 429:
                 return
             self.outcomes.append(replace(outcome, client=number))
             if outcome.status is None or outcome.status >= 500:  # as OpenAI's client does before it asks again
                 time.sleep(0.5)
 
+    def _ask(self, number: int, tenant: str, seed: int, stream: bool) -> Outcome:
+        def begun(replica: str) -> None:
+            self.streaming[number] = replica, time.monotonic()
 
-def ask(endpoint: Endpoint, tenant: str, seed: int, tokens: int, *, stream: bool, **fields: Any) -> Outcome:
+        try:
+            return ask(self.endpoint, tenant, seed, self.tokens, stream=stream, begun=begun)
+        finally:
+            self.streaming.pop(number, None)
+
+
+def ask(
+    endpoint: Endpoint,
+    tenant: str,
+    seed: int,
+    tokens: int,
+    *,
+    stream: bool,
+    begun: Callable[[str], None] = lambda _: None,
+    **fields: Any,
+) -> Outcome:
+    """One request. `begun` is called with the replica's name at the first words of a stream."""
     began, status, parts, end, replica = time.monotonic(), None, [], "lost", None
     try:
         fields = {"temperature": 1.0, "seed": seed, "max_tokens": tokens, "stream": stream} | fields
@@ -116,6 +147,8 @@ def ask(endpoint: Endpoint, tenant: str, seed: int, tokens: int, *, stream: bool
                         end = chunk["error"]["code"]
                     else:
                         parts.append(chunk["choices"][0]["delta"].get("content", ""))
+                        if replica and len(parts) == 1:
+                            begun(replica)
                 if end == "lost":
                     end = "cut"
     except requests.RequestException:

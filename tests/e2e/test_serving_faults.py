@@ -137,8 +137,8 @@ def test_a_killed_engine_costs_the_streams_on_it_and_nobody_else(endpoint: Endpo
     before = replicas(endpoint, "engine")
     with Load(endpoint, answers, TOKENS, CLIENTS) as load:
         load.goes_on()
-        gone, pid = next(iter(before.items()))
-        os.kill(pid, signal.SIGKILL)
+        gone = load.stream_begins_on(before)
+        os.kill(before[gone], signal.SIGKILL)
         load.goes_on()
         come = replaced(endpoint, "engine", before, gone)
         until(lambda: {o.tenant for o in list(load.outcomes) if o.replica == come} == set(TENANTS), 60)

@@ -6,12 +6,14 @@ Each sweep is `python -m jobs.sweep` in a process of its own, on a tiny model in
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.registry.adapters import read_provenance
+from orchestrator.runs.result import SweepResult
 from orchestrator.runs.states import RunState, TrialState
 from orchestrator.store import adapter_path, control_path, stop_trials_path
 from tests.integration.sweep_process import EVALUATE, kill, solo, trials, values
@@ -25,6 +27,22 @@ TRUNKS = {
 }
 LONG = TRUNKS | {"search": {"learning_rate": {"grid": [2e-3, 5e-3]}, "epochs": {"grid": [1, 40]}}}
 WSD = {"schedule": "warmup_stable_decay", "decay": 0.25, "warmup": 0.1}
+STEADY = WSD | {"warmup": 0}
+
+
+_CALM: list[SweepResult] = []
+
+
+@pytest.fixture
+def calm(make_job: Any, start: Any) -> Callable[[], SweepResult]:
+    """What `LONG` comes to when nothing disturbs it: found once, by the first test that asks."""
+
+    def found() -> SweepResult:
+        if not _CALM:
+            _CALM.append(trials(start(make_job(name="calm", sweep=LONG, train=STEADY)).end()))
+        return _CALM[0]
+
+    return found
 
 
 def test_every_trial_is_its_own_run_and_the_best_wins(make_job: Any, start: Any) -> None:
@@ -73,10 +91,10 @@ def test_two_workers_share_a_group(make_job: Any, start: Any) -> None:
     assert (two.best, two.compute.steps) == (one.best, one.compute.steps)
 
 
-def test_a_killed_group_and_a_killed_trial_change_nothing(make_job: Any, start: Any) -> None:
+def test_a_killed_group_and_a_killed_trial_change_nothing(make_job: Any, start: Any, calm: Any) -> None:
     """kill -9 of the worker that trains, after its first reports, and of one trial's process."""
-    job = make_job(sweep=LONG, train=WSD | {"warmup": 0}, resources={"max_failures": 2})
-    undisturbed = trials(start(make_job(name="calm", sweep=LONG, train=WSD | {"warmup": 0})).end())
+    job = make_job(sweep=LONG, train=STEADY, resources={"max_failures": 2})
+    undisturbed = calm()
     running = start(job)
     running.until(lambda: [e for e in running.events("trial") if "validation_loss" in e.data])
     kill("RayTrainWorker")
@@ -86,9 +104,9 @@ def test_a_killed_group_and_a_killed_trial_change_nothing(make_job: Any, start: 
     assert sweep.best == undisturbed.best
 
 
-def test_a_killed_driver_is_taken_up_where_it_was(make_job: Any, start: Any) -> None:
-    job = make_job(sweep=LONG, train=WSD | {"warmup": 0})
-    undisturbed = trials(start(make_job(name="calm", sweep=LONG, train=WSD | {"warmup": 0})).end())
+def test_a_killed_driver_is_taken_up_where_it_was(make_job: Any, start: Any, calm: Any) -> None:
+    job = make_job(sweep=LONG, train=STEADY)
+    undisturbed = calm()
     running = start(job)
     running.until(lambda: [e for e in running.events("trial") if e.data["state"] == "finished"])
     time.sleep(6)  # Tune keeps its state every five seconds
@@ -100,7 +118,7 @@ def test_a_killed_driver_is_taken_up_where_it_was(make_job: Any, start: Any) -> 
 
 
 def test_paused_and_resumed(make_job: Any, start: Any) -> None:
-    job = make_job(sweep=LONG, train=WSD | {"warmup": 0})
+    job = make_job(sweep=LONG, train=STEADY)
     running = start(job)
     running.until(lambda: [e for e in running.events("trial") if "validation_loss" in e.data])
     job.store.write_json(control_path(job.resolved.run, 1), {"action": "pause"})
