@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -52,6 +53,8 @@ class Orders:
     """`SweepResult`, at the end."""
     error: dict[str, Any] | None = None
     """Why there is no winner, as `AdaptoryError.to_dict` says it."""
+    broker: str = field(default="", compare=False)
+    """Whose they are: another's than before, if it was killed. It knows only of trials that came to it since."""
 
 
 @dataclass
@@ -87,14 +90,15 @@ class _Lease:
 
 
 class Broker:
-    """Lives in an actor of its own (asyncio, no torch), and loses nothing when trials or the group die.
+    """Lives in an actor of its own (asyncio, no torch), and loses nothing when trials or the group die. When it dies itself, trials come
+    to the next one for a place, and the group drops those that do not.
 
     Args:
         clock: seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self._clock = clock
+        self._clock, self._id = clock, uuid.uuid4().hex
         self._leases: dict[str, _Lease] = {}
         self._to_close: list[str] = []
         self._end: Orders | None = None
@@ -179,7 +183,7 @@ class Broker:
                         await self._changed.wait()
                 except TimeoutError:
                     break
-        return orders or Orders()
+        return replace(orders or Orders(), broker=self._id)
 
     # for a group that has one trial
 

@@ -37,7 +37,7 @@ SNAPSHOT_SECONDS = 60.0
 SNAPSHOT_PAUSES = 20
 """Times as long as writing a snapshot took are none written: the disk is others' too."""
 UNCLAIMED_SECONDS = 60.0
-"""For which a course that was restored waits for its trial: Tune may have stopped it before the group died."""
+"""For which a course waits for its trial, once it was restored or the broker was killed: Tune may have stopped it meanwhile."""
 
 
 class Courses:
@@ -54,6 +54,7 @@ class Courses:
         self._measure = measure
         self._waiting: dict[str, Config] = {}
         self._unclaimed: set[str] = set()
+        self._unclaimed_since, self._broker = 0.0, ""
         self._began, self._number = time.monotonic(), 0
         self._writing = Background()
         self.history: dict[str, list[Report]] = {}
@@ -66,8 +67,10 @@ class Courses:
 
     def follow(self, orders: Orders) -> None:
         """Close, then open: whoever goes makes room for whoever comes."""
+        if self._broker not in ("", orders.broker):  # what the one before was to say is lost
+            self._await_claims({*self._group.steps, *self._waiting})
+        self._broker = orders.broker
         for trial in orders.close:
-            self._waiting.pop(trial, None)
             self._close(trial)
         for trial, config in orders.open.items():
             self._unclaimed.discard(trial)
@@ -80,12 +83,15 @@ class Courses:
     @property
     def unclaimed_for_long(self) -> bool:
         """Each rank has another clock: one of them says it for all."""
-        return bool(self._unclaimed) and time.monotonic() - self._began > UNCLAIMED_SECONDS
+        return bool(self._unclaimed) and time.monotonic() - self._unclaimed_since > UNCLAIMED_SECONDS
 
     def close_unclaimed(self) -> None:
         for trial in sorted(self._unclaimed):
             self._close(trial)
         self._unclaimed.clear()
+
+    def _await_claims(self, trials: set[str]) -> None:
+        self._unclaimed, self._unclaimed_since = trials, time.monotonic()
 
     def step(self) -> dict[str, Report]:
         """One step of every lane; where each trial is then."""
@@ -205,6 +211,7 @@ class Courses:
         return manifest.metadata["history"] if manifest else []
 
     def _close(self, trial: str) -> None:
+        self._waiting.pop(trial, None)
         if trial in self._group.steps:
             self._group.close(trial)
 
@@ -274,7 +281,7 @@ class Courses:
             if kept := session.place.told(self._kept(trial) if session.place.rank == 0 else None):
                 self.history[trial] = kept
                 self._group.close(trial)
-        self._unclaimed = set(self._group.steps)
+        self._await_claims(set(self._group.steps))
         session.say("message", f"Going on with {len(self._unclaimed)} trials from snapshot {self._number}.")
 
     def _newest(self) -> int:

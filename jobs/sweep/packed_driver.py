@@ -27,6 +27,8 @@ AT_ONCE = 16
 """Trials that Tune has under way: a process each, of 180 MB and a second and a half to start. Which of them are computed at once
 is the group's affair."""
 
+SAID_AGAIN_SECONDS = 10.0
+
 
 def run(ours: Attempt, resolved: ResolvedSpec, shape: WorkerShape) -> RunResult:
     """One attempt, to its end."""
@@ -54,10 +56,8 @@ def run(ours: Attempt, resolved: ResolvedSpec, shape: WorkerShape) -> RunResult:
             trials.end_all(f"the budget of {spent} is spent")
         result = trials.result("packed", "")
         if trials.best is None:
-            ray.get(broker.finish.remote(None, None, experiment.nobody_won(result).to_dict()))
-        else:
-            ray.get(broker.finish.remote(trials.best, result.model_dump(mode="json")))
-        return group.join()
+            return group.finish(None, None, experiment.nobody_won(result).to_dict())
+        return group.finish(trials.best, result.model_dump(mode="json"))
 
 
 def why_alone(result: RunResult) -> str | None:
@@ -88,6 +88,17 @@ class _Group:
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(self._broker.finish.remote(None, None, error.to_dict() if error else None))
         self._thread.join()
+
+    def finish(self, *end: Any) -> RunResult:
+        """Tell the workers that no trial will come any more, until they have heard it: a broker that is killed forgets it.
+
+        Args:
+            end: for `Broker.finish`.
+        """
+        while self._thread.is_alive():
+            ray.get(self._broker.finish.remote(*end))
+            self._thread.join(SAID_AGAIN_SECONDS)
+        return self.join()
 
     def join(self) -> RunResult:
         self._thread.join()

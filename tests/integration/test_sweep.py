@@ -104,6 +104,16 @@ def test_a_killed_group_and_a_killed_trial_change_nothing(make_job: Any, start: 
     assert sweep.best == undisturbed.best
 
 
+def test_a_killed_broker_is_asked_again(make_job: Any, start: Any, calm: Any) -> None:
+    undisturbed = calm()
+    running = start(make_job(sweep=LONG, train=STEADY))
+    running.until(lambda: [e for e in running.events("trial") if "validation_loss" in e.data])
+    kill("Broker")
+    sweep = trials(running.end())
+    assert values(sweep) == pytest.approx(values(undisturbed), rel=1e-5)
+    assert sweep.compute.steps == undisturbed.compute.steps, "nothing was lost, and nothing begun anew"
+
+
 def test_a_killed_driver_is_taken_up_where_it_was(make_job: Any, start: Any, calm: Any) -> None:
     job = make_job(sweep=LONG, train=STEADY)
     undisturbed = calm()

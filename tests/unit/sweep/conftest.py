@@ -27,6 +27,8 @@ from tests.unit.train.conftest import MadeRows, as_ranks, make_rows
 
 __all__ = ["as_ranks", "make_rows"]
 
+Models = Callable[[str], Path]
+
 LENGTHS = [12, 30, 7, 25, 18, 40, 5, 9, 33, 21, 16, 28]
 PER_EPOCH = 3
 """Steps, at a batch size of 4."""
@@ -42,6 +44,31 @@ def made_spec(**fields: Any) -> JobSpec:
         section, _, name = path.partition("__")
         data.setdefault(section, {})[name] = value
     return JobSpec.model_validate(data)
+
+
+MIXED = {
+    "plain": made_spec(),
+    "rank": made_spec(tuning__rank=3, tuning__alpha=7.0),
+    "targets": made_spec(tuning__targets=["q_proj", "down_proj"], tuning__rslora=True),
+    "rate": made_spec(train__learning_rate=3e-3, train__schedule="linear", train__warmup=0.3),
+    "batch": made_spec(train__batch_size=3, train__epochs=1.5),
+    "seed": made_spec(train__seed=7, train__max_grad_norm=0.05),
+    "dropout": made_spec(tuning__dropout=0.3, train__seed=3),
+    "adam": made_spec(
+        train__weight_decay=0.1, train__betas=[0.8, 0.99], train__schedule="constant", train__max_grad_norm=None
+    ),
+    "cut": made_spec(train__micro_batch_tokens=40),
+}
+"""Trials that differ in everything that may."""
+
+
+def trunk(epochs: float, **fields: Any) -> JobSpec:
+    """Decays over the second half: 3, 6 and 9 steps have the first in common, the longer two the first three."""
+    wsd = {"train__schedule": "warmup_stable_decay", "train__warmup_steps": 1, "train__decay": 0.5}
+    return made_spec(train__epochs=epochs, **wsd | fields)
+
+
+TRUNK = {f"e{epochs}": trunk(epochs) for epochs in (1, 2, 3)}
 
 
 @dataclass
@@ -192,3 +219,12 @@ def alike_rows(make_rows: Callable[..., MadeRows]) -> MadeRows:
 @pytest.fixture
 def validation_rows(make_rows: Callable[..., MadeRows]) -> MadeRows:
     return make_rows([20, 11, 31, 8], seed=2)
+
+
+def broken_lane(group: PackedGroup, trial: str, value: float) -> None:
+    """Fill every weight of the lane that a trial rides."""
+    (slot,) = [lane.slot for lane in group._lanes for course in lane.courses if course.trial == trial]
+    with torch.no_grad():
+        for name, parameter in group._network.named_parameters():
+            if name.endswith(f"_{slot}"):
+                parameter.fill_(value)

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from jobs.sweep import passes as passes_module
 from jobs.sweep import snapshots
 from jobs.sweep.packed import PackedGroup
-from jobs.sweep.planning import Pace, Way
 from jobs.sweep.reports import Compute
 from jobs.train.artifact import load_adapter
 from jobs.train.setup import Place
@@ -27,34 +21,22 @@ from orchestrator.errors import ModelError, NoFreeLane, OutOfMemory, TrainingDiv
 from orchestrator.modeling.decoder import adapter_tensors
 from orchestrator.modeling.loading import DTYPES, load_model
 from orchestrator.modeling.lora import FusedLinear
-from orchestrator.spec.job import JobSpec
-from tests.unit.sweep.conftest import PER_EPOCH, Course, alone, check_close, follow, group_of, made_spec, packed, same
-
-Models = Callable[[str], Path]
-
-MIXED = {
-    "plain": made_spec(),
-    "rank": made_spec(tuning__rank=3, tuning__alpha=7.0),
-    "targets": made_spec(tuning__targets=["q_proj", "down_proj"], tuning__rslora=True),
-    "rate": made_spec(train__learning_rate=3e-3, train__schedule="linear", train__warmup=0.3),
-    "batch": made_spec(train__batch_size=3, train__epochs=1.5),
-    "seed": made_spec(train__seed=7, train__max_grad_norm=0.05),
-    "dropout": made_spec(tuning__dropout=0.3, train__seed=3),
-    "adam": made_spec(
-        train__weight_decay=0.1, train__betas=[0.8, 0.99], train__schedule="constant", train__max_grad_norm=None
-    ),
-    "cut": made_spec(train__micro_batch_tokens=40),
-}
-"""Trials that differ in everything that may."""
-
-
-def trunk(epochs: float, **fields: Any) -> JobSpec:
-    """Decays over the second half: 3, 6 and 9 steps have the first in common, the longer two the first three."""
-    wsd = {"train__schedule": "warmup_stable_decay", "train__warmup_steps": 1, "train__decay": 0.5}
-    return made_spec(train__epochs=epochs, **wsd | fields)
-
-
-TRUNK = {f"e{epochs}": trunk(epochs) for epochs in (1, 2, 3)}
+from tests.unit.sweep.conftest import (
+    MIXED,
+    PER_EPOCH,
+    TRUNK,
+    Course,
+    Models,
+    alone,
+    broken_lane,
+    check_close,
+    follow,
+    group_of,
+    made_spec,
+    packed,
+    same,
+    trunk,
+)
 
 
 def forward_passes(group: PackedGroup, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -137,58 +119,6 @@ def test_a_trial_that_comes_later_begins_by_itself(tiny_model: Models, rows: Any
     follow(group, found)
     assert same(found["later"], alone(directory, rows, None, made_spec(train__learning_rate=2e-3, **cut)))
     assert group.computed == group.alone
-
-
-@pytest.mark.parametrize("tokens_at_once", [400, 8])
-def test_passes_beside_each_other_change_no_trial(
-    tiny_model: Models, rows: Any, validation_rows: Any, monkeypatch: pytest.MonkeyPatch, tokens_at_once: int
-) -> None:
-    directory = tiny_model("llama")
-    specs = {
-        name: spec.model_copy(update={"train": spec.train.model_copy(update={"micro_batch_tokens": 60})})
-        for name, spec in MIXED.items()
-    }
-
-    def beside() -> tuple[PackedGroup, dict[str, Course]]:
-        group = group_of(directory, rows, validation_rows, tokens_at_once=tokens_at_once)
-        tried = {Way(): [2, 1, 1, 1, 1], Way(1, 2): [2, 2, 1, 1, 1], Way(2, 2): [2, 1e9, 1, 1, 2]}
-        group.pace = Pace(cores=2, full=1, seen={way: [float(n) for n in seen] for way, seen in tried.items()})
-        return group, packed(group, specs)
-
-    threads: set[int] = set()
-    run = passes_module.run
-    monkeypatch.setattr("jobs.sweep.packed.run", lambda *a: (threads.add(threading.get_ident()), run(*a))[1])
-    group, found = beside()
-    assert len(threads) >= 2, "some were computed by other threads"
-    assert group.pace is not None
-    assert group.pace.way(4) == Way(2, 2)
-    assert torch.get_num_threads() == group._teams._cores, "whoever computes next has all cores"
-    for trial, spec in specs.items():
-        check_close(found[trial], alone(directory, rows, validation_rows, spec))
-    _, again = beside()
-    assert all(same(again[trial], found[trial]) for trial in specs)
-
-
-def test_what_runs_out_of_memory_beside_others_is_told_when_they_have_ended(
-    tiny_model: Models, rows: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    group = group_of(tiny_model("llama"), rows, tokens_at_once=8)
-    group.pace = Pace(cores=2, full=1, seen={Way(): [2, 1, 1, 1, 1], Way(1, 2): [2, 3, 1, 1, 1]})
-    run, ended = passes_module.run, []
-
-    def broken(network: Any, parts: Any, *more: Any) -> Any:
-        if parts[0].lane == 0:
-            raise OutOfMemory("none left", hint="")
-        found = run(network, parts, *more)
-        ended.append(parts[0].lane)
-        return found
-
-    monkeypatch.setattr("jobs.sweep.packed.run", broken)
-    for n in range(4):
-        group.open(f"t{n}", made_spec(train__seed=n))
-    with pytest.raises(OutOfMemory, match="none left"):
-        group.step()
-    assert sorted(ended) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("kind", ["rows", "alike_rows"])
@@ -429,15 +359,6 @@ def test_an_adapter_that_does_not_fit_leaves_the_group_as_it_was(
 # --- what goes wrong ------------------------------------------------------------------------------------------------
 
 
-def broken_lane(group: PackedGroup, trial: str, value: float) -> None:
-    """Fill every weight of the lane that a trial rides."""
-    (slot,) = [lane.slot for lane in group._lanes for course in lane.courses if course.trial == trial]
-    with torch.no_grad():
-        for name, parameter in group._network.named_parameters():
-            if name.endswith(f"_{slot}"):
-                parameter.fill_(value)
-
-
 @pytest.mark.parametrize(
     ("architecture", "value", "dtype"),
     [
@@ -534,202 +455,6 @@ def test_memory_that_runs_out_in_a_joint_pass_says_what_to_lower(
     monkeypatch.setattr(group._network, "loss", does_not_fit)
     with pytest.raises(OutOfMemory, match=r"sweep\.max_concurrent"):
         group.step()
-
-
-# --- snapshots ------------------------------------------------------------------------------------------------------
-
-SNAPPED = {name: MIXED[name] for name in ("plain", "rank", "batch", "dropout", "adam")} | TRUNK
-
-
-@pytest.mark.parametrize("done", [0, 1, 2, 4, 7])
-def test_a_group_goes_on_from_a_snapshot_to_the_last_digit(
-    tiny_model: Models, rows: Any, validation_rows: Any, place: Place, tmp_path: Path, done: int
-) -> None:
-    """With trials that ride together, wait for a lane, have finished, and come after it."""
-    directory, results = tiny_model("llama"), []
-    for killed in (False, True):
-        group = group_of(directory, rows, validation_rows, lanes=6, place=place)
-        for trial, spec in SNAPPED.items():
-            group.open(trial, spec)
-        found = follow(group, {}, steps=done)
-        if killed:
-            snapshots.write(tmp_path, group.snapshot())
-            before = copy.deepcopy((group.steps, group.finished, group.computed, group.alone))
-            group.step()  # is lost
-            group = group_of(directory, rows, validation_rows, lanes=6, place=place)
-            assert group.restore(tmp_path)
-            assert (group.steps, group.finished, group.computed, group.alone) == before
-        if group.free:
-            group.open("late", MIXED["seed"])
-        results.append((follow(group, found), group))
-    (undisturbed, one), (resumed, two) = results
-    assert undisturbed.keys() == resumed.keys()
-    for trial in undisturbed:
-        assert same(undisturbed[trial], resumed[trial]), trial
-        assert undisturbed[trial].validation == resumed[trial].validation
-    assert (one.computed, one.alone) == (two.computed, two.alone)
-    for trial in one.finished:
-        assert all(torch.equal(t, two.adapter(trial)[name]) for name, t in one.adapter(trial).items())
-
-
-def test_how_rows_are_cut_is_part_of_a_snapshot(
-    tiny_model: Models, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another process finds another amount of memory free."""
-    from jobs.sweep import packed as module
-
-    def cuts(group: PackedGroup) -> list[list[int]]:
-        return group._lanes.seated[0].course.batches.micro_batches(1, 0)
-
-    directory = tiny_model("llama")
-    monkeypatch.setattr(module, "agreed_micro_batch_tokens", lambda *a: 30)
-    group = group_of(directory, rows)
-    group.open("a", MIXED["plain"])
-    group.step()
-    snapshots.write(tmp_path, group.snapshot())
-    monkeypatch.setattr(module, "agreed_micro_batch_tokens", lambda *a: 300)
-    again = group_of(directory, rows)
-    assert again.restore(tmp_path)
-    assert cuts(again) == cuts(group)
-    assert len(cuts(group)) > 1
-
-
-def test_without_a_snapshot_there_is_nothing_to_go_on_from(tiny_model: Models, rows: Any, tmp_path: Path) -> None:
-    group = group_of(tiny_model("llama"), rows)
-    assert not group.restore(tmp_path)
-    assert not group.restore(tmp_path / "nowhere")
-
-
-def test_a_snapshot_that_was_cut_off_leaves_the_one_before(
-    tiny_model: Models, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At every file operation in turn."""
-    directory = tiny_model("llama")
-    group = group_of(directory, rows)
-    group.open("a", MIXED["plain"])
-    group.step()
-    snapshots.write(tmp_path, group.snapshot())
-    group.step()
-
-    class Killed(Exception):
-        pass
-
-    def half(tensors: dict[str, Tensor], path: Path) -> None:
-        path.write_bytes(b"half of it")
-        raise Killed
-
-    def dies(*_: Any) -> None:
-        raise Killed
-
-    for owner, operation, replacement in (
-        (snapshots, "save_file", half),
-        (Path, "write_text", dies),
-        (Path, "replace", dies),
-    ):
-        with monkeypatch.context() as patched:
-            patched.setattr(owner, operation, replacement)
-            with pytest.raises(Killed):
-                snapshots.write(tmp_path, group.snapshot())
-        again = group_of(directory, rows)
-        assert again.restore(tmp_path)
-        assert again.steps == {"a": 1}
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "unlink", dies)
-        with pytest.raises(Killed):
-            snapshots.write(tmp_path, group.snapshot())
-    again = group_of(directory, rows)
-    assert again.restore(tmp_path)
-    assert again.steps == {"a": 2}
-    snapshots.write(tmp_path, group.snapshot())
-    assert len(list(tmp_path.iterdir())) == 2  # what was cut off is swept up
-
-
-# --- several workers ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tokens_at_once", [400, 8])
-def test_two_workers_are_one(
-    tiny_model: Models, rows: Any, validation_rows: Any, as_ranks: Any, tokens_at_once: int
-) -> None:
-    """Losses and weights within 1e-5 of one worker's; between the two, to the last bit. `batch` leaves a worker without a row
-    in some steps."""
-    directory = tiny_model("llama")
-    specs = {name: spec for name, spec in MIXED.items() if name != "dropout"} | TRUNK  # dropout is each worker's own
-    specs |= {"single": made_spec(train__batch_size=1, train__epochs=0.5)}
-    expected = packed(group_of(directory, rows, validation_rows), specs)
-
-    def work(place: Place) -> dict[str, Course]:
-        return packed(group_of(directory, rows, validation_rows, place=place, tokens_at_once=tokens_at_once), specs)
-
-    first, second = as_ranks(2, work)
-    for trial in specs:
-        check_close(first[trial], expected[trial])
-        assert same(first[trial], second[trial])
-        assert first[trial].validation == second[trial].validation
-
-
-@pytest.mark.timeout(60)
-def test_a_worker_without_a_row_goes_the_way_that_the_others_go(tiny_model: Models, rows: Any, as_ranks: Any) -> None:
-    """With a batch of one row, the second of two workers has nothing to compute, and still takes part in what is decided."""
-    directory = tiny_model("llama")
-    one = {"train__batch_size": 1, "train__epochs": 0.5}
-    specs = {
-        "a": made_spec(**one),
-        "b": made_spec(train__learning_rate=5e-3, **one),
-        "c": made_spec(train__seed=1, **one),
-    }
-    expected = packed(group_of(directory, rows), specs)
-
-    def work(place: Place) -> dict[str, Course]:
-        group = group_of(directory, rows, place=place)
-        group.pace = Pace(cores=2)
-        return packed(group, specs)
-
-    first, second = as_ranks(2, work)
-    for trial in specs:
-        check_close(first[trial], expected[trial])
-        assert same(first[trial], second[trial])
-
-
-def test_two_workers_go_on_from_a_snapshot(tiny_model: Models, rows: Any, as_ranks: Any, tmp_path: Path) -> None:
-    directory = tiny_model("llama")
-    specs = {name: MIXED[name] for name in ("plain", "dropout")}
-
-    def work(place: Place) -> list[dict[str, Course]]:
-        group = group_of(directory, rows, place=place)
-        for trial, spec in specs.items():
-            group.open(trial, spec)
-        halfway = follow(group, {}, steps=3)
-        if place.rank == 0:
-            snapshots.write(tmp_path, group.snapshot())
-        place.gathered(0)  # rank 0 has written
-        again = group_of(directory, rows, place=place)
-        assert again.restore(tmp_path)
-        steps = {trial: Course(losses=[0.0] * 3) for trial in specs}
-        follow(again, steps)
-        return [follow(group, halfway), steps]
-
-    for undisturbed, resumed in as_ranks(2, work):
-        for trial in specs:
-            assert resumed[trial].losses[3:] == undisturbed[trial].losses[3:]
-
-
-def test_a_trial_that_diverges_does_so_on_every_worker(tiny_model: Models, rows: Any, as_ranks: Any) -> None:
-    """Broken on one of them only."""
-    directory = tiny_model("llama")
-
-    def work(place: Place) -> dict[str, Course]:
-        group = group_of(directory, rows, place=place)
-        for name in ("plain", "seed"):
-            group.open(name, MIXED[name])
-        found = follow(group, {}, steps=2)
-        if place.rank == 1:
-            broken_lane(group, "seed", math.nan)
-        return follow(group, found)
-
-    for found in as_ranks(2, work):
-        assert found["seed"].last.state == "diverged"
-        assert found["plain"].last.state == "finished"
 
 
 # --- what is said ---------------------------------------------------------------------------------------------------
