@@ -64,9 +64,15 @@ def _put(db: Database, run: Run, spec: ServeSpec) -> str:
 
 
 def _worse(run: Run, result: RunResult) -> str | None:
-    """What fell, if the first metric that the spec names did; none of them is better when it is lower."""
-    if result.evaluation is None:
+    """What it does not reach in the first metric that the spec names: the base model, or that with examples. More of each is better."""
+    found = result.evaluation
+    if found is None:
         return None
     first = run.spec["evaluate"]["metrics"][0]
-    before, after = result.evaluation.before[first], result.evaluation.after[first]
-    return f"{first} fell from {before:.3f} to {after:.3f}" if after < before else None
+    before, after = found.before[first], found.after[first]
+    if after < before:
+        return f"{first} fell from {before:.3f} to {after:.3f}"
+    if found.few_shot is not None and after < found.few_shot[first]:
+        shown = f"{found.examples:g} example{'' if found.examples == 1 else 's'}"
+        return f"{first} is {after:.3f}, and the base model with {shown} before each question has {found.few_shot[first]:.3f}"
+    return None

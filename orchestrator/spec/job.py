@@ -226,7 +226,8 @@ class JobSpec(SpecModel):
     """Try many settings of the same fine-tune and keep the best; without it a run is one fine-tune."""
 
     serve: ServeSpec | None = None
-    """Put the adapter behind a route when the run has succeeded, unless it answers `data.test` worse than the base model."""
+    """Put the adapter behind a route when the run has succeeded, unless it answers `data.test` worse than the base model, or than
+    `evaluate.baseline`."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> JobSpec:

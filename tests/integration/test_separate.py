@@ -26,7 +26,7 @@ GRID = {
     "searcher": "grid",
     "scheduler": "none",
 }
-SHORT_AND_LONG = GRID | {"search": {"epochs": {"grid": [1, 40]}}}
+SHORT_AND_LONG = GRID | {"search": {"epochs": {"grid": [20, 40]}}}
 
 
 def nothing_is_left() -> bool:

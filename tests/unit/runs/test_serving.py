@@ -94,9 +94,11 @@ def test_what_a_person_does_afterwards_stands(world: Any, tmp_path: Path) -> Non
     assert [each.created_by for each in list_revisions(world.db, ROUTE)] == ["somebody", f"run {run.id}"]
 
 
-def evaluated(world: Any, run: Any, before: float, after: float) -> None:
+def evaluated(world: Any, run: Any, before: float, after: float, few_shot: float | None = None) -> None:
     found = RunResult.model_validate(world.store.read_json(result_path(run.id)))
-    evaluation = EvaluationResult(rows=9, before={"exact_match": before}, after={"exact_match": after})
+    shown = None if few_shot is None else {"exact_match": few_shot}
+    values = {name: {"exact_match": value} for name, value in (("before", before), ("after", after))}
+    evaluation = EvaluationResult(rows=9, few_shot=shown, examples=3, **values)
     world.store.write_json(
         result_path(run.id), found.model_copy(update={"evaluation": evaluation}).model_dump(mode="json")
     )
@@ -168,3 +170,17 @@ def test_what_cannot_be_served_is_refused_with_the_spec(serve: dict[str, Any], f
 def test_full_tuning_has_nothing_to_serve() -> None:
     with pytest.raises(ValueError, match=r"tuning\.type full makes none"):
         spec(tuning={"type": "full"})
+
+
+@pytest.mark.parametrize(("after", "served"), [(0.6, False), (0.7, True)])
+def test_nor_is_one_that_a_few_examples_beat(world: Any, tmp_path: Path, after: float, served: bool) -> None:
+    data = {"train": "train.jsonl", "test": "test.jsonl"}
+    evaluate = {"metrics": ["exact_match"], "baseline": {"few_shot": 3}}
+    run = succeeded(world, tmp_path / "adapter", spec(data=data, evaluate=evaluate))
+    evaluated(world, run, 0.5, after, few_shot=0.7)
+    world.reconcile()
+    assert (find_route(world.db, ROUTE) is not None) is served
+    if not served:
+        assert said(world, run) == [
+            "exact_match is 0.600, and the base model with 3 examples before each question has 0.700: it is not put behind acme/entities."
+        ]
