@@ -111,8 +111,6 @@ class Workers:
 def _trainer_class(shape: WorkerShape) -> Any:
     """One worker on a CPU needs no process group, and without one neither this process nor Ray Train's controller imports
     torch: several seconds less before the first step. Otherwise the group is nccl on GPUs and gloo on CPUs."""
-    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-
     base: Any
     if shape.workers == 1 and not shape.gpus_per_worker:
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer as base
@@ -120,10 +118,11 @@ def _trainer_class(shape: WorkerShape) -> Any:
         from ray.train.torch import TorchTrainer as base
 
     class Trainer(base):
-        """Starts no manager of Ray's datasets, which no run has: a process of two seconds beside the workers' own start."""
+        """Starts no manager of Ray's datasets, which no run has: a process of two seconds beside the workers' own start. By name, since all
+        of it is Ray's own affair: a Ray that calls it otherwise starts one more process, and trains."""
 
         def _create_default_callbacks(self) -> list[Any]:
-            return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
+            return [one for one in super()._create_default_callbacks() if type(one).__name__ != "DatasetsCallback"]
 
     return Trainer
 
