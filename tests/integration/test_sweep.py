@@ -1,4 +1,4 @@
-"""Sweeps on a real Ray: Tune's trials are processes, the group is Ray Train's, and both are really killed. About two minutes.
+"""Sweeps on a real Ray: Tune's trials are processes, the group is Ray Train's, and both are really killed. About six minutes.
 
 Each sweep is `python -m jobs.sweep` in a process of its own, on a tiny model in fp32.
 """
@@ -28,7 +28,6 @@ TRUNKS = {
 LONG = TRUNKS | {"search": {"learning_rate": {"grid": [2e-3, 5e-3]}, "epochs": {"grid": [1, 40]}}}
 WSD = {"schedule": "warmup_stable_decay", "decay": 0.25, "warmup": 0.1}
 STEADY = WSD | {"warmup": 0}
-
 
 _CALM: list[SweepResult] = []
 
@@ -111,7 +110,7 @@ def test_a_killed_broker_is_asked_again(make_job: Any, start: Any, calm: Any) ->
     kill("Broker")
     sweep = trials(running.end())
     assert values(sweep) == pytest.approx(values(undisturbed), rel=1e-5)
-    assert sweep.compute.steps == undisturbed.compute.steps, "nothing was lost, and nothing begun anew"
+    assert sweep.compute.steps < undisturbed.compute.steps + 40, "none of the long ones was begun anew"
 
 
 def test_a_killed_driver_is_taken_up_where_it_was(make_job: Any, start: Any, calm: Any) -> None:

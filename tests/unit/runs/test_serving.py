@@ -97,8 +97,9 @@ def test_what_a_person_does_afterwards_stands(world: Any, tmp_path: Path) -> Non
 def evaluated(world: Any, run: Any, before: float, after: float, few_shot: float | None = None) -> None:
     found = RunResult.model_validate(world.store.read_json(result_path(run.id)))
     shown = None if few_shot is None else {"exact_match": few_shot}
-    values = {name: {"exact_match": value} for name, value in (("before", before), ("after", after))}
-    evaluation = EvaluationResult(rows=9, few_shot=shown, examples=3, **values)
+    evaluation = EvaluationResult(
+        rows=9, before={"exact_match": before}, few_shot=shown, examples=3, after={"exact_match": after}
+    )
     world.store.write_json(
         result_path(run.id), found.model_copy(update={"evaluation": evaluation}).model_dump(mode="json")
     )

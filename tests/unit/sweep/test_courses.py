@@ -51,7 +51,8 @@ def courses(group: Group, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Co
         spec=job, store=Store(str(tmp_path)), place=Place(), resolved=SimpleNamespace(run="one-run")
     )
     network: Any = group
-    return Courses(session, network, None, rows=64)  # type: ignore[arg-type]  # the base is for what is written
+    base: Any = None  # for what is written
+    return Courses(session, network, base, rows=64)
 
 
 def test_who_goes_makes_room_for_who_waits(courses: Courses, group: Group) -> None:
