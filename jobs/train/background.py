@@ -29,14 +29,20 @@ class Background:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, work: Callable[[], None]) -> None:
-        """After what is under way has ended.
+        """After what is under way has ended. Where no thread can be had any more, training waits for the work.
 
         Raises:
             Superseded: a newer attempt owns the run.
         """
         self.wait()
-        self._thread = threading.Thread(target=self._run, args=(work,), name="adaptory-writing")
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(work,), name="adaptory-writing")
+        try:
+            thread.start()
+        except RuntimeError:  # no memory for its stack, or too many threads
+            self._run(work)
+            self.wait()
+        else:
+            self._thread = thread
 
     def wait(self) -> None:
         """Until what is under way has ended.

@@ -38,6 +38,24 @@ def test_a_newer_attempts_claim_is_heard_by_whoever_waits() -> None:
         writing.start(lambda: None)
 
 
+def test_where_no_thread_can_be_had_the_work_is_done_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    writing, done = Background(), []
+    writing.start(lambda: done.append(1))
+    assert done == [1]
+    assert not writing.busy
+    writing.finish()
+
+    def superseded() -> None:
+        raise Superseded("Attempt 2 owns the run.")
+
+    with pytest.raises(Superseded):
+        writing.start(superseded)
+
+
 class Store:
     """Away for the first few calls."""
 
