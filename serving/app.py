@@ -240,6 +240,8 @@ def _engine(base: _Base, model: ServedModel, plan: Plan, settings: Settings) -> 
         dtype=plan.dtype,
         max_length=base.max_length,
         max_sequences=plan.max_sequences,
+        max_adapters=plan.max_adapters,
+        memory_bytes=plan.adapter_bytes,
         threads=plan.threads,
         trust=Trust(tuple(key.encode() for key in plan.trusted_keys)),
         engine=model.engine,

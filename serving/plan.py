@@ -46,6 +46,10 @@ class Plan(BaseModel):
     dtype: str = "bfloat16"
     max_length: int = 4096
     max_sequences: int = 32
+    max_adapters: int = 64
+    """In an engine at the same time."""
+    adapter_bytes: int = 2 << 30
+    """Of adapters in the memory of each replica."""
     threads: int | None = None
     """Of each engine; None: all cores."""
     gateways: int = Field(default=1, ge=1)

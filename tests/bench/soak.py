@@ -3,7 +3,8 @@
 First as many clients as the batch has places, for the latencies of a full batch; then ten times as many, who ask again at once
 when they are turned away: streaming and whole, of four tenants, for two adapters that are always there and for sixty that are
 not (the engine holds eight). Beside them clients that leave in the middle of an answer, that never read it, that send half a
-body, and routes that change every few seconds. The gateway and the engine are one process, on real HTTP, without Ray.
+body, and routes that change every few seconds. It is the real application on Ray Serve (proxy, gateway, engine's replica), the engine with
+one thread on the first core, all else (clients, proxy, gateway, loader, Ray) on the last.
 
 Compared are requests of the same kind (warm adapters, clients that stay) in both phases. The last line is `soak p95_ratio=…
 memory_growth=… answered=… shed=… unavailable=… failed=…`: `memory_growth` is that of the resident memory from the first quarter of the
@@ -24,8 +25,6 @@ import random
 import shutil
 import socket
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -34,9 +33,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from sides.running import BUILD, Conversation
+from sides.setting_up import base_model, new_adapter
 
-ROOT = Path(__file__).resolve().parents[2]
-HOME = ROOT / "build" / "bench" / "soak"
+HOME = BUILD / "soak"
 TENANTS = ("acme", "globex", "initech", "umbrella")
 WARM = 2
 """Adapters of each tenant's that are asked for all the time."""
@@ -115,7 +115,8 @@ class Clients:
     def request(self, tenant: str, model: str, stream: bool) -> bytes:
         asked = f"{self.chance.randrange(1000)}: {QUESTION}"
         body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": asked}], "stream": stream}
-        data = json.dumps(body | {"max_tokens": self.tokens, "temperature": 1.0}).encode()
+        tokens = self.chance.randrange(self.tokens // 2, 3 * self.tokens // 2)
+        data = json.dumps(body | {"max_tokens": tokens, "temperature": 1.0}).encode()
         head = (
             f"POST /v1/chat/completions HTTP/1.1\r\nHost: soak\r\nConnection: close\r\nContent-Length: {len(data)}\r\n"
         )
@@ -175,44 +176,52 @@ def main() -> None:
     )
     parser.add_argument("--places", type=int, default=8, help="of the batch")
     parser.add_argument("--times", type=int, default=10, help="as many clients as places")
-    parser.add_argument("--new-tokens", type=int, default=48, help="of each answer, at most")
+    parser.add_argument(
+        "--new-tokens",
+        type=int,
+        default=48,
+        help="of an answer, at most, on average: from half of it to one and a half",
+    )
     parser.add_argument("--adapters", type=int, default=60, help="that are not in the engine, of all tenants together")
     parser.add_argument("--model", type=Path, help="directory of the base model; default: SmolLM2-135M-Instruct")
     options = parser.parse_args()
+    first, last = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {last})  # what is started from here on inherits it
     shutil.rmtree(HOME, ignore_errors=True)
-    os.environ |= {"ADAPTORY_HOME": str(HOME), "HF_HUB_OFFLINE": "1"}
     model = options.model or base_model()
+    os.environ |= {"ADAPTORY_HOME": str(HOME), "HF_HUB_OFFLINE": "1"}
     keys, models, change = tenants(model, options.adapters)
-    command = [sys.executable, "-m", "tests.gateway_process", "--database", f"sqlite:///{HOME / 'state.db'}"]
-    command += [
-        "--model",
-        str(model),
-        "--home",
-        str(HOME),
-        "--sequences",
-        str(options.places),
-        "--adapters",
-        str(SLOTS),
-    ]
-    server = subprocess.Popen(
-        [*command, "--memory", str(200 << 20)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=(HOME / "log").open("w"),
-        text=True,
-    )
-    try:
-        assert server.stdout is not None
-        clients = Clients(int(server.stdout.readline()), keys, models, options.new_tokens)
-        asyncio.run(soak(clients, options, psutil.Process(server.pid), change))
-    finally:
-        server.terminate()
-        server.wait(60)
+    case = {
+        "model": str(model),
+        "home": str(HOME),
+        "places": options.places,
+        "slots": SLOTS,
+        "adapter_bytes": 200 << 20,
+        "core": first,
+    }
+    with Conversation("soak_served.py", case) as served:
+        place = served.hear()
+        clients = Clients(place["port"], keys, models, options.new_tokens)
+        asyncio.run(soak(clients, options, Served(place["gateway"], place["engine"]), change))
 
 
-async def soak(
-    clients: Clients, options: argparse.Namespace, server: psutil.Process, change: Callable[[], None]
-) -> None:
+class Served:
+    """The processes whose memory is looked at."""
+
+    def __init__(self, gateway: int, engine: int):
+        self._gateway, self._engine = psutil.Process(gateway), psutil.Process(engine)
+
+    def memory(self) -> dict[str, float]:
+        """MB that are resident."""
+        loaders = self._engine.children(recursive=True)
+        return {
+            "gateway": self._gateway.memory_info().rss / 2**20,
+            "engine": self._engine.memory_info().rss / 2**20,
+            "loader": sum(loader.memory_info().rss for loader in loaders) / 2**20,
+        }
+
+
+async def soak(clients: Clients, options: argparse.Namespace, server: Served, change: Callable[[], None]) -> None:
     for tenant in TENANTS:  # cold once
         for name in clients.models[tenant][:WARM]:
             await clients.one(tenant, name, stream=False, compared=False)
@@ -238,7 +247,7 @@ async def soak(
 
 
 async def phase(
-    name: str, clients: Clients, server: psutil.Process, count: int, seconds: float, odd: Sequence[Awaitable[None]]
+    name: str, clients: Clients, server: Served, count: int, seconds: float, odd: Sequence[Awaitable[None]]
 ) -> tuple[Seen, list[float]]:
     """What clients saw, and the server's memory in MB, looked at now and then."""
     clients.seen, clients.over = Seen(), time.monotonic() + seconds
@@ -246,13 +255,11 @@ async def phase(
     running = asyncio.gather(*(clients.asking() for _ in range(count)), *odd)
     while not running.done():
         await asyncio.wait([running], timeout=max(seconds / 60, 2))
-        used = {
-            process.pid: process.memory_info().rss / 2**20 for process in (server, *server.children(recursive=True))
-        }
+        used = server.memory()
         memory.append(sum(used.values()))
         minutes = (time.monotonic() - start) / 60
-        print(f"{name} {minutes:5.1f} min: gateway and engine {used[server.pid]:.0f} MB, loader {memory[-1] - used[server.pid]:.0f} MB; "
-              f"{dict(clients.seen.results)}", flush=True)  # fmt: skip
+        parts = ", ".join(f"{part} {megabytes:.0f} MB" for part, megabytes in used.items())
+        print(f"{name} {minutes:5.1f} min: {parts}; {dict(clients.seen.results)}", flush=True)
     await running
     return clients.seen, memory
 
@@ -262,12 +269,6 @@ def part(values: list[float], share: float) -> float:
 
 
 # --- set-up ---------------------------------------------------------------------------------------------------------
-
-
-def base_model() -> Path:
-    from orchestrator.modeling.base_model import materialize
-
-    return materialize("smollm2-135m-instruct", cache=Path("~/.adaptory/cache").expanduser(), say=print).path
 
 
 def tenants(model: Path, cold: int) -> tuple[dict[str, str], dict[str, list[str]], Callable[[], None]]:
@@ -298,7 +299,7 @@ def tenants(model: Path, cold: int) -> tuple[dict[str, str], dict[str, list[str]
         models[tenant] = [f"{tenant}/a{number}" for number in range(each)]
         for number in range(each):
             name = QualifiedName(tenant, f"a{number}")
-            directory = write_adapter(model, seed=100 * tenant_number + number)
+            directory = new_adapter(model, 8, 100 * tenant_number + number, HOME / "new")
             version = import_adapter(
                 db, store, directory, Reference(tenant=tenant, name=name.name), keys=Keys.of(settings), actor="soak",
                 cache=settings.cache, max_rank=64, base=str(model), base_digest=digest,
@@ -315,23 +316,6 @@ def tenants(model: Path, cold: int) -> tuple[dict[str, str], dict[str, list[str]
         revisions[name] = saved.revision
 
     return keys, models, change
-
-
-def write_adapter(model: Path, seed: int, rank: int = 8) -> Path:
-    import torch
-
-    from orchestrator.modeling.adapter_check import base_modules
-    from orchestrator.modeling.adapter_files import AdapterConfig
-    from orchestrator.modeling.adapter_files import write_adapter as write
-
-    generator, tensors = torch.Generator().manual_seed(seed), {}
-    linears = {n: s for n, s in sorted(base_modules(model).items()) if n != "lm_head"}
-    for name, (out, width) in linears.items():
-        tensors[f"{name}.lora_A.weight"] = (torch.randn(rank, width, generator=generator) * 0.02).bfloat16()
-        tensors[f"{name}.lora_B.weight"] = (torch.randn(out, rank, generator=generator) * 0.02).bfloat16()
-    directory = HOME / "new" / str(seed)
-    write(directory, AdapterConfig(rank, 2.0 * rank, tuple(sorted({n.rpartition(".")[2] for n in linears}))), tensors)
-    return directory
 
 
 if __name__ == "__main__":
