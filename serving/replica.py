@@ -20,6 +20,7 @@ from serving.adapters.admission import Requirements
 from serving.adapters.cache import AdapterCache, CacheLimits
 from serving.adapters.loader import LoaderSettings
 from serving.adapters.process import LoaderProcess
+from serving.arrivals import Arrivals
 from serving.engine.choice import EngineChoice, OwnEngine, VllmChoice
 from serving.engine.prepared import Place
 from serving.engine.protocol import Engine, GenerateRequest
@@ -97,7 +98,7 @@ class EngineReplica:
         self.loader = LoaderProcess(settings, pinned=built.pinned)
         limits = CacheLimits(slots=options.max_adapters, memory=options.memory_bytes)
         self.cache = AdapterCache(self.loader, self.engine, limits)
-        self._places = Places(options.max_requests)
+        self._places, self._arrivals = Places(options.max_requests), Arrivals(self.engine.backlog)
 
     async def start(self) -> None:
         """Have the loader's process ready before the first adapter is asked for."""
@@ -111,7 +112,7 @@ class EngineReplica:
         """
         try:
             with self._places.held(request.tenant):
-                async with self._leased(request.adapter), contextlib.aclosing(self.engine.generate(request)) as events:
+                async with self._leased(request), contextlib.aclosing(self.engine.generate(request)) as events:
                     if not stream:
                         yield Begun(self.name, await joined(events))
                         return
@@ -123,12 +124,18 @@ class EngineReplica:
             yield error
 
     @contextlib.asynccontextmanager
-    async def _leased(self, adapter: str | None) -> AsyncIterator[None]:
-        if adapter is None:
-            yield
+    async def _leased(self, request: GenerateRequest) -> AsyncIterator[None]:
+        adapter = request.adapter
+        arrival: contextlib.AbstractAsyncContextManager[None] = contextlib.nullcontext()
+        if adapter is None or adapter in self.cache.residency.engine:
+            self._arrivals.check(request.tenant)
         else:
-            async with self.cache.lease(adapter):
-                yield
+            arrival = self._arrivals.held(request.tenant)
+        async with contextlib.AsyncExitStack() as held:
+            if adapter is not None:
+                async with arrival:
+                    await held.enter_async_context(self.cache.lease(adapter))
+            yield
 
     def residency(self) -> dict[str, Any]:
         """What routers and metrics are told: JSON-able."""

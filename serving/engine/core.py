@@ -29,7 +29,7 @@ from serving.engine.attention import KeyValueCache, Span, StepAttention
 from serving.engine.grammar import Grammars, GrammarState, forbid
 from serving.engine.network import ServedNetwork
 from serving.engine.prepared import Adapter
-from serving.engine.protocol import EngineStats, FinishReason, GenerateRequest, TokenEvent, Usage
+from serving.engine.protocol import Backlog, EngineStats, FinishReason, GenerateRequest, TokenEvent, Usage
 from serving.engine.sampler import Choice, choose
 from serving.engine.scheduler import Limits, Scheduler, Sequence, Work
 from serving.engine.text import TextStream
@@ -282,6 +282,10 @@ class EngineCore:
             waiting_tokens=scheduler.unread,
             cache_bytes=self._cache.memory.nbytes,
         )
+
+    def backlog(self) -> Backlog:
+        """Any thread may ask."""
+        return Backlog(self._scheduler.room, self._scheduler.waiting.new_of_each)
 
     # parts of the step
 

@@ -7,8 +7,8 @@ oldest request is first.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,6 +21,16 @@ _KEPT = 1024
 """Tenants whose counters are kept without looking which of them still say anything."""
 
 
+def surplus(waiting: Mapping[str, int], tenant: str) -> str | None:
+    """The tenant whose youngest request gives way to one of this tenant's (longest queue drop; McKenney, 1991).
+
+    Args:
+        waiting: requests of each tenant.
+    """
+    most = max(waiting, key=lambda t: waiting[t], default=None)
+    return None if most is None or waiting[most] < waiting.get(tenant, 0) + 2 else most
+
+
 class FairQueue:
     """Requests that wait for a place, and what each tenant was served."""
 
@@ -30,7 +40,7 @@ class FairQueue:
         self._last: str | None = None  # whose request was taken last
 
     def __len__(self) -> int:
-        return sum(map(len, self._queues.values()))
+        return sum(map(len, tuple(self._queues.values())))
 
     def __iter__(self) -> Iterator[Sequence]:
         """Any thread may: copying a dictionary's values or a deque is one step for Python's threads."""
@@ -44,7 +54,12 @@ class FairQueue:
     @property
     def new(self) -> int:
         """Requests of which nothing was computed yet."""
-        return sum(self._new(tenant) for tenant in self._queues)
+        return self.new_of_each.total()
+
+    @property
+    def new_of_each(self) -> Counter[str]:
+        """The same, of each tenant."""
+        return Counter(sequence.tenant for sequence in self if not sequence.preempted)
 
     def add(self, sequence: Sequence) -> None:
         """A new request."""
@@ -90,15 +105,9 @@ class FairQueue:
 
     def surplus(self, tenant: str) -> Sequence | None:
         """The request that gives way to one of this tenant's when too many wait: the youngest new one of whoever has most,
-        if that leaves them at least as many as the tenant then has (longest queue drop; McKenney, 1991)."""
-        most = max(self._queues, key=self._new, default=None)
-        if most is None or self._new(most) < self._new(tenant) + 2:
-            return None
-        return self._queues[most][-1]
-
-    def _new(self, tenant: str) -> int:
-        queue = self._queues.get(tenant, ())
-        return sum(not sequence.preempted for sequence in queue)
+        if that leaves them at least as many as the tenant then has."""
+        most = surplus(self.new_of_each, tenant)
+        return None if most is None else self._queues[most][-1]
 
     def _floor(self) -> int:
         """Where who comes now begins: at the least served of those that wait, or else at whoever had the last turn."""

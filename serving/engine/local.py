@@ -17,7 +17,7 @@ import torch
 from orchestrator.errors import EngineStopped
 from serving.engine.core import Delivery, EngineCore
 from serving.engine.prepared import Prepared
-from serving.engine.protocol import EngineStats, GenerateRequest, TokenEvent
+from serving.engine.protocol import Backlog, EngineStats, GenerateRequest, TokenEvent
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,9 @@ class LocalEngine:
 
     def stats(self) -> EngineStats:
         return self._core.stats()
+
+    def backlog(self) -> Backlog:
+        return self._core.backlog()
 
     @property
     def alive(self) -> bool:

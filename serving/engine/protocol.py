@@ -146,6 +146,16 @@ class EngineStats:
     """Of the key-value cache, at its capacity."""
 
 
+@dataclass(frozen=True)
+class Backlog:
+    """How many requests more an engine would take now."""
+
+    room: int
+    """New requests before it turns any away."""
+    waiting: Mapping[str, int]
+    """Of each tenant: new requests of which the youngest gives way to one of a tenant that has fewer, when there is no room."""
+
+
 class Engine(Protocol):
     """Answers requests over one base model, each with its own adapter or none.
 
@@ -190,6 +200,9 @@ class Engine(Protocol):
         """
 
     def stats(self) -> EngineStats: ...
+
+    def backlog(self) -> Backlog:
+        """What a request could be told before its adapter is fetched. Whoever asks is told how it was a moment ago."""
 
     @property
     def alive(self) -> bool:

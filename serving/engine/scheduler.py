@@ -107,8 +107,15 @@ class Scheduler:
     @property
     def full(self) -> bool:
         """Whether as many wait as may, beside those for whom there is a place."""
+        return self.room <= 0
+
+    @property
+    def room(self) -> int:
+        """New requests that may still come. Any thread may ask."""
+        new = self.waiting.new
+        preempted = len(self.waiting) - new
         places = self.limits.max_sequences - len(self.running)
-        return self.waiting.new >= self.limits.max_waiting + max(places - (len(self.waiting) - self.waiting.new), 0)
+        return self.limits.max_waiting + max(places - preempted, 0) - new
 
     @property
     def unread(self) -> int:

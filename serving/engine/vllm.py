@@ -41,6 +41,7 @@ from orchestrator.modeling.adapter_files import AdapterConfig, read_adapter, wri
 from orchestrator.modeling.prompts import end_tokens
 from serving.engine.prepared import Piece, Places, Prepared, prepare
 from serving.engine.protocol import (
+    Backlog,
     EngineStats,
     FinishReason,
     GenerateRequest,
@@ -379,6 +380,9 @@ class VllmEngine:
             waiting_tokens=sum(running.unread for running in self._running.values()),
             cache_bytes=config.kv_cache_memory_bytes or 0,
         )
+
+    def backlog(self) -> Backlog:
+        return Backlog(self.limits.max_sequences + self.limits.max_waiting - len(self._running), {})
 
     @property
     def alive(self) -> bool:

@@ -75,6 +75,7 @@ class Answering:
         with self._measured(account):
             target = await self._resolved(account.principal.tenant.name, body)
             account.model = target.model
+            self._gateway.full.check(account.principal.tenant.name, target.choices[0])
             requests = [(choice, await self._request(body, target, choice, account)) for choice in target.choices]
             most = max(len(request.prompt_ids) + request.sampling.max_tokens for _, request in requests)
             async with self._reserved(account, most):
@@ -169,6 +170,9 @@ class Answering:
                 }
                 log.warning(json.dumps(facts | {"unavailable": error.message}))
                 continue
+            except errors.EngineOverloaded as error:
+                self._gateway.full.tell(request.tenant, requests[0][0], error)
+                raise
             account.answering, account.replica = choice, running.replica
             account.tokens_in = len(request.prompt_ids)
             return running

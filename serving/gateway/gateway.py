@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from orchestrator.limits.limiter import Limiter
 from orchestrator.routing.table import RouteTable
 from orchestrator.tenants.keys import Principal
+from serving.gateway.full import FullEngines
 from serving.gateway.metrics import Metrics, Replicas
 from serving.gateway.ports import BaseEngine, UsageSink
 from serving.gateway.prompts import Prompts
@@ -59,6 +60,7 @@ class Gateway:
     """Who shows it may read the metrics of all tenants; None: nobody."""
     bounds: Bounds = Bounds()
     arriving: Arriving = field(default_factory=Arriving)
+    full: FullEngines = field(default_factory=FullEngines)
     metrics: Metrics = field(default_factory=Metrics)
     replicas: Callable[[], Replicas] = dict
     """What the engines' replicas told last, for the metrics."""

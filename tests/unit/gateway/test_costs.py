@@ -9,10 +9,12 @@ import logging
 import time
 from typing import Any
 
+import httpx2
 import pytest
 
 from orchestrator.errors import AdapterError, AdapterUnavailable, EngineOverloaded, StepFailed
 from serving.engine.protocol import EngineStats
+from serving.gateway import full
 
 IDLE = EngineStats(0, 0, (), 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
 CHAT = {"model": "acme/intents", "messages": [{"role": "user", "content": "What is it?"}]}
@@ -71,8 +73,30 @@ def test_what_fails_before_it_begins_costs_nothing(world, stream: bool):
     world.engine.failures[world.intents] = EngineOverloaded("full")
     assert world.chat(stream=stream).status_code == 429
     world.engine.failures.clear()
+    time.sleep(full.SECONDS)  # for so long it would be told the same
     assert world.chat(stream=stream).status_code == 200
     assert sum(row["requests"] for row in world.used()) == 1
+
+
+def test_a_flood_asks_a_full_engine_once_in_a_moment(world):
+    world.engine.failures |= {world.intents: EngineOverloaded("full"), None: EngineOverloaded("full")}
+
+    async def flood() -> list[httpx2.Response]:
+        async with world.client() as client, world.client("globex") as other:
+            first = await client.post("/v1/chat/completions", json=CHAT)
+            again = [await client.post("/v1/chat/completions", json=CHAT) for _ in range(5)]
+            await client.post("/v1/chat/completions", json=CHAT | {"model": "tiny"})  # another adapter: none
+            await other.post("/v1/chat/completions", json=CHAT | {"model": "tiny"})  # another tenant
+            return [first, *again]
+
+    answers = asyncio.run(flood())
+    assert [answer.status_code for answer in answers] == [429] * 6
+    assert {answer.headers["retry-after"] for answer in answers} == {"1"}
+    assert [(request.tenant, request.adapter) for request in world.engine.asked] == [
+        ("acme", world.intents),
+        ("acme", None),
+        ("globex", None),
+    ]
 
 
 def test_usage_is_counted_by_route_and_adapter(world):

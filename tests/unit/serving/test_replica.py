@@ -1,0 +1,72 @@
+"""A replica whose engine is full, over a tiny random model. About five seconds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import AdapterUnavailable, EngineOverloaded
+from serving.engine.protocol import GenerateRequest, Sampling
+from serving.replica import EngineReplica
+from serving.wire import Begun
+from tests.gateway_process import replica
+
+COLD = f"sha256:{'c' * 64}"
+
+
+class Loads:
+    """Has nothing, and remembers who was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def load(self, digest: str) -> Any:
+        self.asked.append(digest)
+        raise AdapterUnavailable("not here", adapter=digest)
+
+
+@pytest.fixture
+def full(tiny_model: Callable[[str], Path], tmp_path: Path) -> tuple[EngineReplica, Loads]:
+    """Two places; one request may wait."""
+    made = replica(tiny_model("llama"), tmp_path, max_sequences=2)
+    made.cache._loads = loads = Loads()
+    return made, loads
+
+
+def asks(tenant: str = "a", adapter: str | None = None, new: int = 400) -> GenerateRequest:
+    return GenerateRequest((5, 6, 7), adapter, Sampling(max_tokens=new, ignore_end=True), tenant=tenant)
+
+
+async def first(engine: EngineReplica, request: GenerateRequest) -> Any:
+    items = engine.answer(request, stream=True)
+    try:
+        return await anext(items)
+    finally:
+        await items.aclose()
+
+
+def test_a_full_engine_turns_away_before_an_adapter_is_fetched(full: tuple[EngineReplica, Loads]):
+    engine, loads = full
+
+    async def run() -> None:
+        assert isinstance(await first(engine, asks(adapter=COLD)), AdapterUnavailable)
+        assert loads.asked == [COLD]
+        running = [engine.answer(asks(new=500), stream=True) for _ in range(2)]
+        for items in running:
+            assert isinstance(await anext(items), Begun)
+        waiting = asyncio.create_task(first(engine, asks()))
+        while engine.engine.stats().waiting < 1:
+            await asyncio.sleep(0.001)
+        for adapter in (None, COLD.replace("c", "d")):
+            assert isinstance(await first(engine, asks(adapter=adapter)), EngineOverloaded)
+        assert loads.asked == [COLD]
+        for items in running:
+            await items.aclose()
+        assert isinstance(await waiting, Begun)
+        await engine.close()
+
+    asyncio.run(run())
