@@ -90,13 +90,15 @@ class _Group:
         self._thread.join()
 
     def finish(self, *end: Any) -> RunResult:
-        """Tell the workers that no trial will come any more, until they have heard it: a broker that is killed forgets it.
+        """Tell the workers that no trial will come any more, until they have heard it: a broker that is killed forgets it, and one that
+        starts again takes a while. Where Ray itself is gone, so is the group, and with what error it says.
 
         Args:
             end: for `Broker.finish`.
         """
         while self._thread.is_alive():
-            ray.get(self._broker.finish.remote(*end))
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(self._broker.finish.remote(*end))
             self._thread.join(SAID_AGAIN_SECONDS)
         return self.join()
 
