@@ -31,6 +31,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are taken by the other processes of this session
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ARCHITECTURES = ("llama", "llama-untied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 """Every tiny model that the fused decoder supports. Besides: `llama-wide` has 33 MB of weights; `phi` takes the plain path

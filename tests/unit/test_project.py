@@ -149,4 +149,6 @@ def test_ci_runs_what_a_person_runs():
     assert script[-1] == "make test"
     done = run("make", "--no-print-directory", "--dry-run", "test")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].endswith("-m pytest")
+    tested = [line.split("-m pytest ")[1] for line in done.stdout.splitlines() if "-m pytest " in line]
+    folders = [part for line in tested for part in line.split() if part.startswith("tests/")]
+    assert folders == ["tests/unit", "tests/integration", "tests/e2e"]
