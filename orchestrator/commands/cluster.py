@@ -56,6 +56,13 @@ def up(
     gateways: Annotated[
         int, typer.Option(min=1, help="Processes that answer HTTP requests; several need PostgreSQL.")
     ] = 1,
+    max_sequences: Annotated[int, typer.Option(min=1, help="Requests that an engine answers at the same time.")] = 32,
+    max_length: Annotated[
+        int, typer.Option(min=16, help="Tokens of prompt and answer together, and no more than the base takes.")
+    ] = 4096,
+    max_adapters: Annotated[
+        int, typer.Option(min=1, help="In an engine at the same time; others come when they are asked for.")
+    ] = 64,
     as_json: Json = False,
 ) -> None:
     """Start the local Ray, or check that the cluster of ADAPTORY_RAY_ADDRESS answers, and serve; print where, and the first key."""
@@ -82,6 +89,7 @@ def up(
         replicas=replicas,
         idle_seconds=idle,
         gateways=gateways,
+        sizes={"max_sequences": max_sequences, "max_length": max_length, "max_adapters": max_adapters},
     )
     key = serving.first_key(backend.db, backend.settings.tenant, actor=backend.actor)
     _print(_facts(client, backend.settings, application), as_json, key.secret if key else None)

@@ -7,7 +7,7 @@ import secrets
 import shlex
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,7 @@ def start(
     replicas: str = "1",
     idle_seconds: float = 300.0,
     gateways: int = 1,
+    sizes: Mapping[str, int] | None = None,
 ) -> Application:
     """Deploy the application, or change what runs to what is asked for; returns when it answers.
 
@@ -66,6 +67,7 @@ def start(
         replicas: of each engine, `2` or `1:4`.
         idle_seconds: after which the last replica goes, where there may be none.
         gateways: processes that answer HTTP requests.
+        sizes: of each engine, as `serving.plan.Plan` calls them; what is left out is as there.
 
     Raises:
         UsageError: `replicas` is neither.
@@ -92,7 +94,7 @@ def start(
         "models": [_model(each) | chosen | {"replicas": scale} for each in references],
         "idle_seconds": idle_seconds,
         "trusted_keys": _trusted(keys),
-    }
+    } | dict(sizes or {})
     if now is not None and now.running and client.newest(_JOB) == _command(plan):
         return now
     say(f"Starting to serve {', '.join(references)} (a minute or so; `adaptory down` stops it)…")

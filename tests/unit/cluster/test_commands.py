@@ -82,7 +82,8 @@ def _plan(ray: FakeRay) -> dict[str, Any]:
 
 def test_up_serves_and_shows_the_first_key_once(remote: FakeRay, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADAPTORY_TENANT", "acme")
-    first = json.loads(run("up", "--base", "qwen3-0.6b", "--port", "9123", "--json")[1])
+    small = ("--max-sequences", "8")
+    first = json.loads(run("up", "--base", "qwen3-0.6b", "--port", "9123", *small, "--json")[1])
     assert _plan(remote) == {
         "port": 9123,
         "dtype": "bfloat16",
@@ -90,11 +91,14 @@ def test_up_serves_and_shows_the_first_key_once(remote: FakeRay, home: Path, mon
         "models": [{"name": "qwen3-0.6b", "reference": "qwen3-0.6b", "replicas": {"min": 1, "max": 1}}],
         "idle_seconds": 300.0,
         "trusted_keys": [(home / "keys" / "signing.pub").read_text()],
+        "max_sequences": 8,
+        "max_length": 4096,
+        "max_adapters": 64,
     }
     assert first["serving"]["url"] == "http://127.0.0.1:9123/v1"
     db = open_database(Settings().database)
     assert authenticate(db, first["api_key"]).tenant.name == "acme"
-    again = json.loads(run("up", "--base", "qwen3-0.6b", "--json")[1])
+    again = json.loads(run("up", "--base", "qwen3-0.6b", *small, "--json")[1])
     assert again["serving"]["url"] == first["serving"]["url"]  # the port it has
     assert "api_key" not in again
     assert len(remote.jobs) == 1  # nothing was to be changed
