@@ -230,6 +230,7 @@ class Answering:
             if code is not None:
                 metrics.errors.labels(*labels, code).inc()
             if account.answering is not None:
+                self._gateway.full.ended(account.answering.base_digest, seconds)
                 metrics.duration.labels(*labels).observe(seconds)
                 metrics.tokens_in.labels(*labels).inc(account.tokens_in)
                 metrics.tokens_cached.labels(*labels).inc(account.tokens_cached)

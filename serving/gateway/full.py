@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 
 from orchestrator.errors import EngineOverloaded
 from orchestrator.routing.table import Choice
 
-SECONDS = 0.1
-"""A tenth of what clients are told to wait, and a few steps of an engine: a place that gets free in this time is taken by the
-one who waits for it already."""
+MOST_SECONDS = 0.25
+"""A quarter of what clients are told to wait."""
+
+SHARE = 1 / 16
+"""Of an answer's time. In twice as long as many places get free as requests may wait (`serving.replica.PLACES_A_WAITER`), so the batch
+stays full."""
+
+_KEPT = 4096
+"""Entries that are kept without looking which of them have ended."""
 
 
 class FullEngines:
@@ -23,26 +28,31 @@ class FullEngines:
     adapter by itself: another one may have another replica.
     """
 
-    def __init__(self, seconds: float = SECONDS, clock: Callable[[], float] = time.monotonic):
-        self._seconds, self._clock = seconds, clock
-        self._told: OrderedDict[tuple[str, str, str | None], tuple[float, EngineOverloaded]] = OrderedDict()
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._seconds: dict[str, float] = {}  # that an answer takes, by base
+        self._told: dict[tuple[str, str, str | None], tuple[float, EngineOverloaded]] = {}
+
+    def ended(self, base: str, seconds: float) -> None:
+        """An answer over this base has taken so long: a running mean of them decides how long a moment is."""
+        self._seconds[base] = 0.9 * self._seconds.get(base, seconds) + 0.1 * seconds
 
     def check(self, tenant: str, choice: Choice) -> None:
         """
         Raises:
             EngineOverloaded: as a moment ago.
         """
-        now = self._clock()
-        while self._told and next(iter(self._told.values()))[0] <= now:
-            self._told.popitem(last=False)
-        if (told := self._told.get(_key(tenant, choice))) is not None:
-            raise copy.copy(told[1])
+        until, error = self._told.get(_key(tenant, choice), (0.0, None))
+        if error is not None and self._clock() < until:
+            raise copy.copy(error)
 
     def tell(self, tenant: str, choice: Choice, error: EngineOverloaded) -> None:
         """The engine has turned it away."""
-        key = _key(tenant, choice)
-        self._told[key] = self._clock() + self._seconds, error
-        self._told.move_to_end(key)
+        now = self._clock()
+        if len(self._told) >= _KEPT:
+            self._told = {key: told for key, told in self._told.items() if told[0] > now}
+        moment = min(MOST_SECONDS, SHARE * self._seconds.get(choice.base_digest, 0.0))
+        self._told[_key(tenant, choice)] = now + moment, error
 
 
 def _key(tenant: str, choice: Choice) -> tuple[str, str, str | None]:
