@@ -161,9 +161,6 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--ttl", type=float, default=TTL, help="seconds that a reservation outlives its gateway")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between two tokens of a stream")
-    parser.add_argument("--sequences", type=int, default=8)
-    parser.add_argument("--adapters", type=int, default=64, help="in the engine at the same time")
-    parser.add_argument("--memory", type=int, default=1 << 30, help="bytes of adapters")
     parser.add_argument("--no-adapters", action="store_true", help="start no process that loads them")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
@@ -171,9 +168,6 @@ def main() -> None:
         options.model,
         options.home,
         Keys.of(load_settings()).trust(),
-        max_sequences=options.sequences,
-        max_adapters=options.adapters,
-        memory_bytes=options.memory,
         threads=1,
     )
 

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -28,9 +28,6 @@ def serving(plan: Plan, core: int) -> Iterator[str]:
     Args:
         core: on which the engine's replica runs; nothing keeps others from it but the affinity that they inherit.
     """
-    import ray
-    from ray import serve
-
     from serving.app import deploy
 
     names = (
@@ -39,6 +36,27 @@ def serving(plan: Plan, core: int) -> Iterator[str]:
         "HF_HUB_OFFLINE",
         *(name for name in os.environ if name.startswith("RAY_SERVE_")),
     )
+    environment = {name: os.environ[name] for name in names if name in os.environ}
+    # the niceness of what is measured beside it; 15 would measure what else runs here
+    with own_ray(environment, _system_config={"worker_niceness": 0}):
+        deploy(plan)
+        for thread in process(ENGINE).threads():
+            os.sched_setaffinity(thread.id, {core})
+        time.sleep(2)  # routes are seen within two seconds
+        yield f"http://{plan.host}:{plan.port}"
+
+
+@contextlib.contextmanager
+def own_ray(environment: dict[str, str], **more: Any) -> Iterator[None]:
+    """A Ray of two CPUs, which ends with the block, and what Serve has on it before.
+
+    Args:
+        environment: of its workers.
+        more: for `ray.init`.
+    """
+    import ray
+    from ray import serve
+
     with tempfile.TemporaryDirectory(prefix="ah-", dir="/tmp") as directory:
         token = Path(directory) / "token"  # never the person's own
         token.write_text(secrets.token_hex(32))
@@ -49,26 +67,20 @@ def serving(plan: Plan, core: int) -> Iterator[str]:
             object_store_memory=100 * 2**20,
             log_to_driver=False,
             _temp_dir=directory,
-            _system_config={
-                "worker_niceness": 0
-            },  # as what is measured beside it; 15 would measure what else runs here
-            runtime_env={"env_vars": {name: os.environ[name] for name in names if name in os.environ}},
+            runtime_env={"env_vars": environment},
+            **more,
         )
         try:
-            deploy(plan)
-            pin(ENGINE, core)
-            time.sleep(2)  # routes are seen within two seconds
-            yield f"http://{plan.host}:{plan.port}"
+            yield
         finally:
             serve.shutdown()
             ray.shutdown()
 
 
-def pin(part: str, core: int) -> None:
-    """Every thread of the one process below this one whose command line has this part."""
+def process(part: str) -> psutil.Process:
+    """The one below this one whose command line has this part."""
     (found,) = [p for p in psutil.Process().children(recursive=True) if part in " ".join(p.cmdline())]
-    for thread in found.threads():
-        os.sched_setaffinity(thread.id, {core})
+    return found
 
 
 def free_port() -> int:

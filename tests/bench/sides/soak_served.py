@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import sys
 
-import psutil
-from application import ENGINE, GATEWAY, free_port, serving
+from application import ENGINE, GATEWAY, free_port, process, serving
 
 from orchestrator.registry.signing import Keys
 from orchestrator.settings import load_settings
@@ -29,15 +28,10 @@ def main() -> None:
         threads=1,
         trusted_keys=tuple(key.decode() for key in Keys.of(load_settings()).trust().keys),
     )
-    with serving(plan, case["core"]) as url:
-        facts = {"url": url, "port": plan.port, "gateway": process(GATEWAY), "engine": process(ENGINE)}
+    with serving(plan, case["core"]):
+        facts = {"port": plan.port, "gateway": process(GATEWAY).pid, "engine": process(ENGINE).pid}
         print(json.dumps(facts), flush=True)
         sys.stdin.read()
-
-
-def process(part: str) -> int:
-    (found,) = [p for p in psutil.Process().children(recursive=True) if part in " ".join(p.cmdline())]
-    return found.pid
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import secrets
 import sys
-import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from application import own_ray
 from storm import Case, keep_off_the_engines_core, start_engine, storm, tokens
 
 from orchestrator.store import Store, adapter_path
@@ -55,28 +54,12 @@ def deployment(adapters: int) -> Any:
 
 
 def main(case: Case) -> None:
-    import ray
     from ray import serve
 
-    with tempfile.TemporaryDirectory(prefix="ar-", dir="/tmp") as directory:
-        token = Path(directory) / "token"  # never the person's own
-        token.write_text(secrets.token_hex(32))
-        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
-        ray.init(
-            num_cpus=2,
-            include_dashboard=False,
-            object_store_memory=100 * 2**20,
-            log_to_driver=False,
-            _temp_dir=directory,
-            runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"], "OMP_NUM_THREADS": "1"}},
-        )
-        try:
-            serve.start(http_options={"location": "NoServer"})
-            handle = serve.run(deployment(len(case["adapters"])).bind(case))
-            result = handle.run.remote().result(timeout_s=1200)
-        finally:
-            serve.shutdown()
-            ray.shutdown()
+    with own_ray({"PYTHONPATH": os.environ["PYTHONPATH"], "OMP_NUM_THREADS": "1"}):
+        serve.start(http_options={"location": "NoServer"})
+        handle = serve.run(deployment(len(case["adapters"])).bind(case))
+        result = handle.run.remote().result(timeout_s=1200)
     print(json.dumps(result))  # last: Ray says goodbye on standard output, too
 
 
