@@ -52,7 +52,8 @@ class FullEngines:
         if len(self._told) >= _KEPT:
             self._told = {key: told for key, told in self._told.items() if told[0] > now}
         moment = min(MOST_SECONDS, SHARE * self._seconds.get(choice.base_digest, 0.0))
-        self._told[_key(tenant, choice)] = now + moment, error
+        # a copy has no traceback, whose frames hold the request
+        self._told[_key(tenant, choice)] = now + moment, copy.copy(error)
 
 
 def _key(tenant: str, choice: Choice) -> tuple[str, str, str | None]:

@@ -56,6 +56,16 @@ def test_before_anything_was_answered_the_engine_is_asked():
     assert not full(engines, "acme", choice())
 
 
+def test_nothing_of_the_request_is_kept():
+    engines = FullEngines(Clock())
+    try:
+        raise EngineOverloaded("full")
+    except EngineOverloaded as error:
+        engines.tell("acme", choice(), error)
+    ((_, kept),) = engines._told.values()
+    assert kept.__traceback__ is None
+
+
 def test_what_has_ended_is_forgotten():
     engines = FullEngines(clock := Clock())
     engines.ended("b", 8.0)
