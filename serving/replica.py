@@ -248,9 +248,20 @@ def _vllm(options: EngineOptions, base: BaseModel, choice: VllmChoice, died: Cal
 
 
 def engine_limits(options: EngineOptions, network: ServedNetwork) -> Limits:
-    """As much key-value cache as memory allows, and no more than all sequences at their longest could fill."""
+    """As much key-value cache as memory allows, and no more than all sequences at their longest could fill.
+
+    Raises:
+        ModelError: not even one sequence at its longest fits into the memory that is free.
+    """
     from serving.engine.scheduler import Limits
 
+    if (fit := network.cache_tokens(1.0)) < options.max_length:
+        raise ModelError(
+            f"A request may have {options.max_length:,} tokens, and the memory that is free holds {fit:,}.",
+            hint="Lower `adaptory up --max-length`, or free memory.",
+            model=options.reference,
+            max_length=options.max_length,
+        )
     most = options.max_sequences * options.max_length
     room = network.cache_tokens(options.cache_share)
     return Limits(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.errors import AdapterUnavailable, EngineOverloaded
+from orchestrator.errors import AdapterUnavailable, EngineOverloaded, ModelError
 from serving.engine.protocol import GenerateRequest, Sampling
 from serving.replica import EngineReplica
 from serving.wire import Begun
@@ -32,7 +32,7 @@ class Loads:
 @pytest.fixture
 def full(tiny_model: Callable[[str], Path], tmp_path: Path) -> tuple[EngineReplica, Loads]:
     """Two places; one request may wait."""
-    made = replica(tiny_model("llama"), tmp_path, max_sequences=2)
+    made = replica(tiny_model("llama"), tmp_path, max_sequences=2, max_length=8192)
     made.cache._loads = loads = Loads()
     return made, loads
 
@@ -55,7 +55,7 @@ def test_a_full_engine_turns_away_before_an_adapter_is_fetched(full: tuple[Engin
     async def run() -> None:
         assert isinstance(await first(engine, asks(adapter=COLD)), AdapterUnavailable)
         assert loads.asked == [COLD]
-        running = [engine.answer(asks(new=500), stream=True) for _ in range(2)]
+        running = [engine.answer(asks(new=8000), stream=True) for _ in range(2)]
         for items in running:
             assert isinstance(await anext(items), Begun)
         waiting = asyncio.create_task(first(engine, asks()))
@@ -70,3 +70,9 @@ def test_a_full_engine_turns_away_before_an_adapter_is_fetched(full: tuple[Engin
         await engine.close()
 
     asyncio.run(run())
+
+
+def test_a_length_that_no_memory_holds_is_refused(tiny_model: Callable[[str], Path], tmp_path: Path):
+    with pytest.raises(ModelError, match=r"may have 1,000,000,000,000 tokens") as caught:
+        replica(tiny_model("llama"), tmp_path, max_length=10**12)
+    assert "--max-length" in (caught.value.hint or "")
