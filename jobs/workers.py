@@ -23,6 +23,7 @@ from orchestrator.store import Store, result_path, spec_path, train_storage_path
 if TYPE_CHECKING:
     from cluster.resources import WorkerShape
     from jobs.train.session import Session
+    from jobs.train.setup import Place
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +195,8 @@ def entered(config: dict[str, Any], began: float) -> Iterator[Session]:
 
         device = get_device()
     place = Place(rank=rank, workers=workers, device=device, all_reduce=all_reduce)
-    resolved = ResolvedSpec.model_validate(store.read_json(spec_path(run)))
+    asked = ResolvedSpec.model_validate(store.read_json(spec_path(run)))
+    resolved = _settled(asked, place)
 
     def report(metrics: dict[str, Any], checkpoint: str) -> None:
         # Words only, no ray.train.Checkpoint: the store owns the bytes, and what is resumed from is found there. Handed even
@@ -211,10 +213,26 @@ def entered(config: dict[str, Any], began: float) -> Iterator[Session]:
                 "worker_start": round(began - config["began"], 2),
                 "imports": round(imported - began, 2),
             }
-            yield Session(resolved, attempt, store, cache, place, events, seconds, report)
+            session = Session(resolved, attempt, store, cache, place, events, seconds, report)
+            if resolved.spec.train.dtype == "float32" != asked.spec.train.dtype:
+                text = "In float32: {} does not multiply bfloat16, which would take several times as long."
+                session.say("message", text.format("this GPU" if device.type == "cuda" else "this CPU"))
+            yield session
         finally:
             if events:
                 events.close()
+
+
+def _settled(resolved: ResolvedSpec, place: Place) -> ResolvedSpec:
+    """With the dtype that is best where rank 0 runs, where the spec leaves it open."""
+    from orchestrator.modeling.dtypes import chosen_dtype
+
+    spec = resolved.spec
+    if spec.train.dtype != "auto":
+        return resolved
+    dtype = place.told(chosen_dtype(spec.train.dtype, place.device))
+    settled = spec.model_copy(update={"train": spec.train.model_copy(update={"dtype": dtype})})
+    return resolved.model_copy(update={"spec": settled})
 
 
 def handed_in(session: Session, result: RunResult | None) -> dict[str, Any] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from serving.engine.choice import EngineChoice, OwnEngine
@@ -43,7 +45,8 @@ class Plan(BaseModel):
     host: str = "127.0.0.1"
     port: int = 8000
     models: tuple[ServedModel, ...]
-    dtype: str = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """`auto`: bfloat16 where a replica's hardware multiplies it, else float32."""
     max_length: int = 4096
     max_sequences: int = 32
     max_adapters: int = 64

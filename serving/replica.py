@@ -8,12 +8,13 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from orchestrator.errors import AdaptoryError, EngineStopped, ModelError
 from orchestrator.modeling.base_model import BaseModel, materialize
+from orchestrator.modeling.dtypes import DTYPES, chosen_dtype
 from orchestrator.registry.signing import Trust
 from orchestrator.store import Store
 from serving.adapters.admission import Requirements
@@ -51,7 +52,7 @@ class EngineOptions:
     """Of base models and adapters, on each node."""
     trust: Trust
     """Whose signatures count; what nobody of them has signed is not served."""
-    dtype: str = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     max_length: int = 4096
     """Tokens of prompt and answer together."""
     max_sequences: int = 32
@@ -193,7 +194,7 @@ def _base(options: EngineOptions) -> BaseModel:
 def _own(options: EngineOptions, base: BaseModel, died: Callable[[], None] | None) -> _Built:
     # imported here: vLLM's environment has another transformers, and needs none of it
     from orchestrator.modeling.decoder import Decoder
-    from orchestrator.modeling.loading import DTYPES, load_model
+    from orchestrator.modeling.loading import load_model
     from orchestrator.modeling.prompts import end_tokens, load_tokenizer
     from serving.engine.core import EngineCore
     from serving.engine.local import LocalEngine
@@ -203,7 +204,7 @@ def _own(options: EngineOptions, base: BaseModel, died: Callable[[], None] | Non
     # would put them to sleep between any two operations. That halves the speed.
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(base.path, dtype=DTYPES[options.dtype], device=device)
+    model = load_model(base.path, dtype=DTYPES[chosen_dtype(options.dtype, device)], device=device)
     if not isinstance(model, Decoder):
         raise ModelError(
             f"The engine does not run {base.model_type} models yet.",
@@ -222,7 +223,8 @@ def _vllm(options: EngineOptions, base: BaseModel, choice: VllmChoice, died: Cal
     from orchestrator.modeling.adapter_check import base_modules
 
     places = {name: Place(name, 0, *shape) for name, shape in base_modules(base.path).items()}
-    dtype, max_rank = getattr(torch, options.dtype), min(options.max_rank, choice.max_rank)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype, max_rank = DTYPES[chosen_dtype(options.dtype, device)], min(options.max_rank, choice.max_rank)
     try:
         from serving.engine.vllm import VllmEngine, VllmLimits
 

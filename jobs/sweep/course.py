@@ -9,7 +9,7 @@ from jobs.train.artifact import lora_shape
 from jobs.train.schedule import learning_rates
 from jobs.train.setup import planned_batches
 from orchestrator.modeling.decoder import Decoder
-from orchestrator.modeling.loading import DTYPES
+from orchestrator.modeling.dtypes import DTYPES
 from orchestrator.modeling.plain import PlainDecoder
 from orchestrator.spec.job import JobSpec, LoraTuning
 

@@ -29,7 +29,8 @@ from jobs.train.setup import Place, explained, load_network, validation_batches
 from jobs.train.worker import concluded, load
 from orchestrator.errors import AdapterError, AdaptoryError, TrialRunsAlone
 from orchestrator.modeling.base_model import BaseModel
-from orchestrator.modeling.loading import DTYPES, load_model
+from orchestrator.modeling.dtypes import DTYPES
+from orchestrator.modeling.loading import load_model
 from orchestrator.registry.provenance import SweepRecord
 from orchestrator.runs.result import RunResult, SweepResult, TrialResult
 from orchestrator.runs.states import RunState

@@ -18,7 +18,8 @@ from jobs.train.session import Session
 from jobs.train.setup import Trainable, give_back_freed_memory
 from orchestrator.modeling.base_model import BaseModel
 from orchestrator.modeling.decoder import Decoder, adapter_tensors
-from orchestrator.modeling.loading import DTYPES, full_tensors, load_model
+from orchestrator.modeling.dtypes import DTYPES
+from orchestrator.modeling.loading import full_tensors, load_model
 from orchestrator.modeling.plain import PlainDecoder
 from orchestrator.registry.adapters import publish_adapter, publish_weights
 from orchestrator.registry.provenance import BaseModelRecord, Provenance, SweepRecord

@@ -24,7 +24,8 @@ from jobs.train.loop import SLOT
 from orchestrator.errors import ModelError
 from orchestrator.modeling.base_model import BaseModel
 from orchestrator.modeling.decoder import Decoder, adapter_parameters, add_adapter
-from orchestrator.modeling.loading import DTYPES, full_parameters, load_model, train_everything
+from orchestrator.modeling.dtypes import DTYPES
+from orchestrator.modeling.loading import full_parameters, load_model, train_everything
 from orchestrator.modeling.network import Network
 from orchestrator.modeling.plain import PlainDecoder
 from orchestrator.spec.job import FullTuning, JobSpec, QloraTuning, TrainSpec

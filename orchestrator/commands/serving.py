@@ -37,6 +37,12 @@ class EngineName(StrEnum):
     VLLM = "vllm"
 
 
+class Dtype(StrEnum):
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
 _POLL_SECONDS = 0.5
 _JOB = "serving-"
 
@@ -62,7 +68,7 @@ def start(
     Args:
         bases: references of base models; none: those that adapters were trained on.
         port: None: that which it has, else the first that is free.
-        dtype: of weights and caches: `bfloat16` or `float32`.
+        dtype: of weights and caches: `bfloat16`, `float32` or `auto`.
         keys: adapters that these have signed are served, others refused. Only public keys leave this machine.
         replicas: of each engine, `2` or `1:4`.
         idle_seconds: after which the last replica goes, where there may be none.

@@ -33,7 +33,7 @@ def generate(
     model.eval()
     answers = []
     for number, prompt in enumerate(prompts):
-        ids = torch.tensor([list(prompt.ids)])
+        ids = torch.tensor([list(prompt.ids)], device=model.model.device)
         with model.using(prompt.slot):
             out = model.model.generate(
                 ids,

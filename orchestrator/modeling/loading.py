@@ -19,8 +19,6 @@ from orchestrator.modeling.decoder import Decoder
 from orchestrator.modeling.lora import FusedLinear
 from orchestrator.modeling.plain import PlainDecoder
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
 
 def load_model(
     directory: Path,

@@ -142,8 +142,9 @@ class TrainSpec(SpecModel):
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
 
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of activations and frozen weights; trained weights and optimiser state are always fp32 masters."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of activations and frozen weights; trained weights and optimiser state are always fp32 masters. `auto`: bfloat16 where the
+    worker's hardware multiplies it, else float32."""
 
     validate_every: PositiveInt | Literal["auto"] = "auto"
     """Optimiser steps between validations; `auto`: at each checkpoint."""

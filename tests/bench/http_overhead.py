@@ -1,6 +1,6 @@
 """What HTTP, the gateway and Ray Serve cost: 16 clients' streams beside the engine alone, and the first token of one request.
 
-SmolLM2-135M in bf16, 16 requests at once over 8 rank-8 adapters, 64 new tokens each. One side is the real application on Ray
+SmolLM2-135M, 16 requests at once over 8 rank-8 adapters, 64 new tokens each. One side is the real application on Ray
 Serve (`serving.app`: proxy, gateway, handle, engine replica), its engine's replica on the first core with one thread and
 all else (clients, proxy, gateway, Ray) on the last; the other is the same engine in a process of its own on the first core,
 without HTTP and without Ray. Both are up all the while and answer the same conversations in turn, each pair other ones so

@@ -30,7 +30,8 @@ from jobs.train.engines import Engine, SingleEngine, State
 from jobs.train.loop import SLOT, Hooks, mean_loss, train
 from jobs.train.steps import Progress
 from orchestrator.modeling.decoder import adapter_parameters, add_adapter
-from orchestrator.modeling.loading import DTYPES, full_parameters, load_model, train_everything
+from orchestrator.modeling.dtypes import DTYPES
+from orchestrator.modeling.loading import full_parameters, load_model, train_everything
 from orchestrator.modeling.lora import LoraShape
 from orchestrator.modeling.quantization import nf4
 from orchestrator.spec.job import DeepSpeedSpec, TrainSpec

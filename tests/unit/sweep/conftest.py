@@ -21,7 +21,8 @@ from jobs.train.schedule import learning_rates
 from jobs.train.setup import Place, make_batches, validation_batches
 from jobs.train.steps import Progress
 from orchestrator.modeling.decoder import adapter_parameters, adapter_tensors, add_adapter
-from orchestrator.modeling.loading import DTYPES, load_model
+from orchestrator.modeling.dtypes import DTYPES
+from orchestrator.modeling.loading import load_model
 from orchestrator.spec.job import JobSpec
 from tests.unit.train.conftest import MadeRows, as_ranks, make_rows
 
