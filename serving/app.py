@@ -46,7 +46,7 @@ from serving.mail import Postbox, open_postbox
 from serving.plan import Plan, ServedModel
 from serving.replica import EngineOptions
 from serving.residency import REPLICAS
-from serving.scaling import actor_options, engine_scaling, gateway_scaling
+from serving.scaling import actor_options, engine_scaling, gateway_scaling, reserved_gpus
 from serving.served_engine import ServedEngine
 from serving.shortcut import CALLBACK, open_door
 
@@ -253,7 +253,7 @@ def _engine(base: _Base, model: ServedModel, plan: Plan, settings: Settings) -> 
             "request_routing_stats_period_s": RESIDENCY_SECONDS,
         }
     )
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+    gpus = reserved_gpus([node["Resources"] for node in ray.nodes() if node["Alive"]], model.engine)
     engine = serve.deployment(
         name=base.deployment,
         max_ongoing_requests=options.max_requests,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
@@ -32,6 +32,22 @@ _MOST_UNREAD = 8192
 
 _SURGE_PERCENT = 20
 """Of extra replicas while others are replaced, and at least one: the old ones answer until the new ones are there."""
+
+
+def reserved_gpus(nodes: Sequence[Mapping[str, float]], engine: EngineChoice) -> int:
+    """GPUs that a replica reserves: one, where there are any.
+
+    Where a single machine has a single GPU, our own engine reserves none and uses it all the same (Ray hides no GPU from who
+    reserves none): a reserved one is one that no job could have, used or not. Engine and job then share its memory: an
+    engine takes a share of what is free for its cache, a job plans with what is free when it starts. vLLM takes it whole.
+
+    Args:
+        nodes: of each that is alive, what it has, by Ray's names.
+    """
+    found = [node.get("GPU", 0) for node in nodes]
+    if found == [1] and not isinstance(engine, VllmChoice):
+        return 0
+    return 1 if any(found) else 0
 
 
 def engine_scaling(plan: Plan, replicas: Replicas, gpus: int) -> dict[str, Any]:

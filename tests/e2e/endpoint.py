@@ -156,7 +156,8 @@ class Endpoint:
 
 def types(home: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     outer = {name: value for name, value in os.environ.items() if not name.startswith(("ADAPTORY_", "RAY_"))}
-    ours = {"ADAPTORY_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    ours = {"ADAPTORY_HOME": str(home), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-m", "orchestrator.cli", *words]
     return subprocess.run(command, env=outer | ours | environment, capture_output=True, text=True, timeout=PATIENCE)
 

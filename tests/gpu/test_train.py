@@ -15,7 +15,8 @@ from jobs.train.packing import forward, pack
 from jobs.train.setup import Place, micro_batch_tokens
 from orchestrator.errors import OutOfMemory
 from orchestrator.modeling.decoder import adapter_parameters, add_adapter
-from orchestrator.modeling.loading import DTYPES, load_model
+from orchestrator.modeling.dtypes import DTYPES
+from orchestrator.modeling.loading import load_model
 from orchestrator.modeling.lora import LoraShape
 from orchestrator.runs.states import RunState
 from orchestrator.spec.job import TrainSpec

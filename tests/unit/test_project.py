@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -141,6 +142,15 @@ def test_readme_tree_names_what_exists():
         name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 2
         parents[depth:] = [name.rstrip("/")]
         assert (ROOT / Path(*parents)).exists(), f"the README's tree names {'/'.join(parents)}"
+
+
+def test_what_runs_on_a_gpu_only_is_found_all_the_same():
+    """They import tests of other folders by name: one that is renamed there would be missed by nobody here."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+    found = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"TEST_DEVICE": "cpu"}, capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 0, found.stdout
 
 
 def test_ci_runs_what_a_person_runs():

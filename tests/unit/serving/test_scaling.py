@@ -10,8 +10,9 @@ from ray.serve.config import AutoscalingConfig
 
 from orchestrator.commands.serving import parse_replicas
 from orchestrator.errors import UsageError
+from serving.engine.choice import OwnEngine, VllmChoice
 from serving.plan import Plan, Replicas, ServedModel
-from serving.scaling import actor_options, engine_scaling, gateway_scaling
+from serving.scaling import actor_options, engine_scaling, gateway_scaling, reserved_gpus
 
 PLAN = Plan(models=(ServedModel(name="base", reference="base"),), threads=3)
 
@@ -67,6 +68,16 @@ def test_an_engine_on_a_gpu_asks_for_one_and_none_ever_for_a_cpu():
     for gpus in (0, 1):
         options = actor_options(PLAN, gpus, {})
         assert (options["num_cpus"], options["num_gpus"]) == (0, gpus)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "own", "vllm"),
+    [([0], 0, 0), ([1], 0, 1), ([2], 1, 1), ([1, 0], 1, 1), ([0, 1], 1, 1), ([1, 1], 1, 1)],
+    ids=["none", "the only one of the only machine", "two", "on the head", "on another", "on each"],
+)
+def test_a_gpu_is_reserved_where_a_job_can_have_another(gpus: list[int], own: int, vllm: int):
+    nodes = [{"CPU": 8.0} | ({"GPU": float(n)} if n else {}) for n in gpus]
+    assert (reserved_gpus(nodes, OwnEngine()), reserved_gpus(nodes, VllmChoice(python="/p"))) == (own, vllm)
 
 
 def test_an_engine_has_its_threads_and_the_environment_of_who_deploys():

@@ -19,7 +19,8 @@ from jobs.train.artifact import load_adapter
 from jobs.train.setup import Place
 from orchestrator.errors import ModelError, NoFreeLane, OutOfMemory, TrainingDiverged, TrialRunsAlone
 from orchestrator.modeling.decoder import adapter_tensors
-from orchestrator.modeling.loading import DTYPES, load_model
+from orchestrator.modeling.dtypes import DTYPES
+from orchestrator.modeling.loading import load_model
 from orchestrator.modeling.lora import FusedLinear
 from tests.unit.sweep.conftest import (
     MIXED,
@@ -181,17 +182,19 @@ def test_validation_is_at_the_end_of_each_epoch_and_at_the_end(
 
 
 @pytest.mark.parametrize("lanes", [3, 2, 1])
-def test_a_trunks_branch_is_its_own_run(tiny_model: Models, rows: Any, validation_rows: Any, lanes: int) -> None:
+def test_a_trunks_branch_is_its_own_run(
+    tiny_model: Models, rows: Any, validation_rows: Any, place: Place, lanes: int
+) -> None:
     """To the last bit, with a lane for each branch and with fewer: then those that end later wait."""
     directory = tiny_model("llama")
     specs = {
         name: spec.model_copy(update={"train": spec.train.model_copy(update={"micro_batch_tokens": 64})})
         for name, spec in TRUNK.items()
     }
-    group = group_of(directory, rows, validation_rows, tokens_at_once=8, lanes=lanes)
+    group = group_of(directory, rows, validation_rows, tokens_at_once=8, lanes=lanes, place=place)
     found = packed(group, specs)
     for trial, spec in specs.items():
-        assert same(found[trial], alone(directory, rows, validation_rows, spec))
+        assert same(found[trial], alone(directory, rows, validation_rows, spec, place))
     assert (group.computed.steps, group.alone.steps) == (1 + 2 + 2 + 3 + 6, 3 + 6 + 9)
     assert group.computed.tokens < 0.85 * group.alone.tokens
 
