@@ -36,8 +36,9 @@ def up(
         int | None, typer.Option(min=1, max=65535, help="Of the endpoint. Default: the first free one.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Of the weights: bfloat16, or float32 where a CPU is slow at the other.")
-    ] = "bfloat16",
+        serving.Dtype,
+        typer.Option(help="Of the weights; auto: bfloat16 where the engine's hardware multiplies it, else float32."),
+    ] = serving.Dtype.AUTO,
     engine: Annotated[
         serving.EngineName,
         typer.Option(help="What answers: Adaptory's own engine, or vLLM in the environment of ADAPTORY_VLLM_PYTHON."),
@@ -83,7 +84,7 @@ def up(
         backend.store,
         bases=base or (),
         port=port,
-        dtype=dtype,
+        dtype=dtype.value,
         engine=engine,
         keys=backend.keys,
         replicas=replicas,
@@ -220,15 +221,17 @@ def _print(facts: dict[str, Any], as_json: bool, key: str | None = None) -> None
     if as_json:
         print_json(facts if key is None else facts | {"api_key": key})
         return
+    from cluster.resources import count
+
     memory = sum(node["memory"] for node in facts["resources"]["nodes"]) / (1 << 30)
-    nodes = len(facts["resources"]["nodes"])
+    nodes = count(len(facts["resources"]["nodes"]), "node")
     dashboard = f"{facts['dashboard']} (it asks for the token)" if facts["token_file"] else facts["dashboard"]
     pairs = [
-        ("cluster", f"{'local ' if facts['local'] else ''}Ray {facts['ray']}, {nodes} node{'s' * (nodes != 1)}"),
+        ("cluster", f"{'local ' if facts['local'] else ''}Ray {facts['ray']}, {nodes}"),
         ("address", facts["address"]),
         ("dashboard", dashboard),
         ("token", facts["token_file"]),
-        ("resources", f"{facts['cpus']:g} CPUs, {facts['gpus']:g} GPUs, {memory:.1f} GiB of memory"),
+        ("resources", f"{count(facts['cpus'], 'CPU')}, {count(facts['gpus'], 'GPU')}, {memory:.1f} GiB of memory"),
         ("jobs", ", ".join(facts["jobs"]) or "none"),
         *_served(facts["serving"]),
         ("api key", key and f"{key} (shown this once)"),

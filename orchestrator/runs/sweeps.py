@@ -194,11 +194,12 @@ class SweepProgress(_Newest):
 
     @property
     def best(self) -> Trial | None:
-        """As the job says; before it has, the best by the metric of those that are finished, else of all."""
+        """As the job says; before it has, the best by the metric of those that came to their end or still may, else of all."""
         if self._best is not None and self._best in self.named:
             return self.named[self._best]
         ranked = self.ranked()
-        return next((trial for trial in ranked if trial.state is TrialState.FINISHED), ranked[0] if ranked else None)
+        win = [one for one in ranked if one.state is TrialState.FINISHED or not (one.state.over or self.settled)]
+        return next(iter(win or ranked), None)
 
     def counts(self) -> dict[TrialState, int]:
         """How many trials are in each state, those that were not announced yet among the pending."""

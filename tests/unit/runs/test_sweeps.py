@@ -65,6 +65,19 @@ def test_the_last_of_a_trial_is_the_truth():
     assert progress.counts() == {TrialState.PENDING: 1, TrialState.FINISHED: 1, TrialState.DIVERGED: 1}
 
 
+def test_the_best_so_far_has_the_best_figure_whoever_finishes_first():
+    progress = put_together(
+        [
+            trial(1, "t01", "running", step=10, total_steps=30, validation_loss=0.4),
+            trial(2, "t02", "finished", step=10, total_steps=10, validation_loss=2.0),
+        ]
+    )
+    running, finished = progress.trials
+    assert progress.best is running
+    progress.settled = True  # nobody goes on with the other
+    assert progress.best is finished
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_order_and_repetition_of_the_events_do_not_matter(seed: int):
     generator = random.Random(seed)
@@ -129,10 +142,10 @@ def test_an_empty_sweep_has_nothing():
     assert progress.counts() == {TrialState.PENDING: 12}
 
 
-def test_the_best_is_of_the_finished_ones_first_and_by_the_mode():
+def test_the_best_is_by_the_mode_of_those_that_can_win():
     progress = SweepProgress(metric="entity_f1", mode="max")
     for number, (name, state, value) in enumerate(
-        [("t01", "finished", 0.5), ("t02", "finished", 0.6), ("t03", "running", 0.9), ("t04", "diverged", 1.0)]
+        [("t01", "finished", 0.5), ("t02", "finished", 0.6), ("t03", "stopped", 0.9), ("t04", "diverged", 1.0)]
     ):
         progress.take(trial(number, name, state, metrics={"entity_f1": value}))
     assert progress.best is progress.named["t02"]
