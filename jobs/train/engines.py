@@ -6,10 +6,11 @@ name and does not depend on the number of workers.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from orchestrator.spec.job import TrainSpec
 
@@ -36,8 +37,17 @@ class Engine(Protocol):
         """Continue from what `state` gave after `step` steps; every rank must call it."""
 
 
+class _Moments(NamedTuple):
+    """What AdamW keeps of a weight."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    """A number, in fp32 and where the weight is: the fused kernel counts it up."""
+
+
 class SingleEngine:
-    """AdamW on one worker.
+    """AdamW on one worker, by torch's function: `torch.optim.AdamW` imports its compiler, which nothing here uses, for two seconds.
 
     Args:
         parameters: the trained Parameters by name.
@@ -48,15 +58,9 @@ class SingleEngine:
         self._masters = {
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in parameters.items()
         }
-        self._optimizer = torch.optim.AdamW(
-            list(self._masters.values()),
-            lr=train.learning_rate,
-            betas=train.betas,
-            eps=train.eps,
-            weight_decay=train.weight_decay,
-            fused=True,
-        )
-        self._max_norm = train.max_grad_norm
+        self._moments: dict[str, _Moments] = {}
+        """Of each weight that has had a gradient."""
+        self._train = train
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -89,35 +93,54 @@ class SingleEngine:
         torch._foreach_copy_(self.gradients(), other.gradients())
 
     def step(self, learning_rate: float) -> float:
-        norm = nn.utils.clip_grad_norm_(self._masters.values(), self._max_norm or float("inf"))
+        norm = nn.utils.clip_grad_norm_(self._masters.values(), self._train.max_grad_norm or float("inf"))
         if torch.isfinite(norm):
-            for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate
-            self._optimizer.step()
+            self._move(learning_rate)
             self._copy_back()
-        self._optimizer.zero_grad(set_to_none=True)
+        for master in self._masters.values():
+            master.grad = None
         return norm.item()
 
+    @torch.no_grad()
+    def _move(self, learning_rate: float) -> None:
+        moved = [(name, master, master.grad) for name, master in self._masters.items() if master.grad is not None]
+        for name, master, _ in moved:
+            if name not in self._moments:
+                step = torch.zeros((), device=master.device)
+                self._moments[name] = _Moments(torch.zeros_like(master), torch.zeros_like(master), step)
+        kept = [self._moments[name] for name, *_ in moved]
+        adamw(
+            [master for _, master, _ in moved],
+            [gradient for *_, gradient in moved],
+            [one.exp_avg for one in kept],
+            [one.exp_avg_sq for one in kept],
+            [],
+            [one.step for one in kept],
+            fused=True,
+            amsgrad=False,
+            beta1=self._train.betas[0],
+            beta2=self._train.betas[1],
+            lr=learning_rate,
+            weight_decay=self._train.weight_decay,
+            eps=self._train.eps,
+            maximize=False,
+        )
+
     def state(self) -> State | None:
-        moments = {name: self._optimizer.state.get(master, {}) for name, master in self._masters.items()}
-        return {
-            "weights": {name: _copy(master) for name, master in self._masters.items()},
-            **{
-                kind: {
-                    name: _copy(held.get(kind, torch.zeros_like(self._masters[name]))) for name, held in moments.items()
-                }
-                for kind in ("exp_avg", "exp_avg_sq")
-            },
-        }
+        state: State = {"weights": {name: _copy(master) for name, master in self._masters.items()}}
+        for kind in ("exp_avg", "exp_avg_sq"):
+            held = {name: getattr(one, kind) for name, one in self._moments.items()}
+            state[kind] = {
+                name: _copy(held.get(name, torch.zeros_like(master))) for name, master in self._masters.items()
+            }
+        return state
 
     def load(self, state: State, step: int) -> None:
         with torch.no_grad():
             for name, master in self._masters.items():
                 master.copy_(state["weights"][name])
-                held = self._optimizer.state[master]
-                held["step"] = torch.tensor(float(step), device=master.device)
-                for kind in ("exp_avg", "exp_avg_sq"):
-                    held[kind] = state[kind][name].to(master.device, copy=True)
+                first, second = (state[kind][name].to(master.device, copy=True) for kind in ("exp_avg", "exp_avg_sq"))
+                self._moments[name] = _Moments(first, second, torch.tensor(float(step), device=master.device))
         self._copy_back()
 
     def _copy_back(self) -> None:

@@ -13,14 +13,19 @@ from orchestrator.spec.resolved import ResolvedSpec
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_group_has_no_manager_of_datasets(workers: int) -> None:
-    """Fails when Ray names it otherwise, too."""
-    ours = _trainer_class(WorkerShape(workers, 0, 1))
+@pytest.mark.parametrize(
+    ("alone", "unneeded"),
+    [(True, {"DatasetsCallback", "PlacementGroupCleanerCallback"}), (False, {"DatasetsCallback"})],
+    ids=["alone", "one of several"],
+)
+def test_a_group_starts_no_process_that_it_has_no_use_for(workers: int, alone: bool, unneeded: set[str]) -> None:
+    """Fails when Ray names them otherwise, too."""
+    ours = _trainer_class(WorkerShape(workers, 0, 1), alone=alone)
 
     def started(trainer: type) -> set[str]:
         return {type(one).__name__ for one in trainer(lambda: None)._create_default_callbacks()}  # type: ignore[attr-defined]
 
-    assert started(ours.__base__) - started(ours) == {"DatasetsCallback"}
+    assert started(ours.__base__) - started(ours) == unneeded
 
 
 @pytest.mark.parametrize(
