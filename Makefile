@@ -25,7 +25,8 @@ demo: $(VENV)/.adaptory ## sweep a real model over real data, serve the winner a
 
 test: lint | postgres ## lint, types, import borders and every test
 	$(BIN)/python -m pytest tests/unit --numprocesses logical --maxprocesses 4 --dist loadfile
-	$(BIN)/python -m pytest tests/integration tests/e2e
+	$(BIN)/python -m pytest tests/integration --numprocesses logical --maxprocesses 2 --dist loadfile -o timeout=1500
+	$(BIN)/python -m pytest tests/e2e
 
 test-vllm: $(VENV)/.adaptory-dev ## vLLM behind the Engine protocol and on Ray Serve, in an environment of its own (3 GB in build/)
 	$(BIN)/python tests/vllm/run.py $(ARGS)

@@ -22,7 +22,7 @@ from orchestrator.spec.sweep import trial_spec, trunk_warmup
 from orchestrator.store import result_path
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 300.0
+PATIENCE = 900.0
 """Seconds for a sweep that takes thirty on a quiet machine."""
 LOOK = 0.1
 """Seconds between looks."""

@@ -1,5 +1,5 @@
 """Sweeps whose trials train apart, on a real Ray of two CPUs: each trial has a group of Ray Train's workers of its own, and any process
-may be killed. About eleven minutes on two quiet cores, since every trial starts two processes and loads its own base.
+may be killed. About eight minutes on two quiet cores, since every trial starts five processes and loads its own base.
 
 Each sweep is `python -m jobs.sweep` in a process of its own, on a tiny model in fp32.
 """
@@ -26,7 +26,7 @@ GRID = {
     "searcher": "grid",
     "scheduler": "none",
 }
-LONG = GRID | {"search": {"epochs": {"grid": [60, 61]}}}
+LONG = GRID | {"search": {"epochs": {"grid": [30, 31]}}}
 
 
 def nothing_is_left() -> bool:
@@ -166,18 +166,6 @@ def test_one_diverges_one_is_stopped_by_a_person_and_the_third_wins(make_job: An
     assert sweep.why.endswith("1 trial at once: each takes 1 CPU of 2, and sweep.max_concurrent is 1")
 
 
-def test_a_budget_that_is_spent_ends_what_is_under_way(make_job: Any, start: Any) -> None:
-    space = {"search": {"learning_rate": {"grid": [1e-3, 2e-4]}}, "scheduler": "none", "budget": {"tokens": 1000}}
-    running = start(make_job(tuning=FULL, resources=ONE_CPU, sweep=space, train={"epochs": 400}))
-    result = running.end()
-    assert result.state is RunState.FAILED
-    assert result.error is not None
-    assert result.error["message"] == "No trial came to its end: 2 stopped."
-    last = {event.data["trial"]: event.message for event in running.events("trial")}
-    assert set(last.values()) == {"the budget of 1,000 tokens is spent"}
-    assert nothing_is_left()
-
-
 def test_a_trial_may_have_several_workers(make_job: Any, start: Any) -> None:
     """Two ranks over gloo and ZeRO 2; the worse is stopped on both after the same step."""
     search = {"learning_rate": {"grid": [1e-3, 1e-7]}, "epochs": {"grid": [3]}}
@@ -199,12 +187,10 @@ def test_a_network_that_cannot_be_shared_parts_the_trials(make_job: Any, start: 
     )
 
 
-@pytest.mark.parametrize("tuning", [{"type": "qlora", "rank": 16}, FULL], ids=["qlora", "full"])
-def test_the_best_answers_win(by_answers: Any, start: Any, tuning: dict[str, Any]) -> None:
+def test_the_best_answers_win(by_answers: Any, start: Any) -> None:
     space = {"search": {"epochs": {"grid": [5, 60]}}, "searcher": "grid", "scheduler": "none", "metric": "entity_f1"}
-    rate = 1e-2 if tuning["type"] == "qlora" else 2e-3
-    train = {"learning_rate": rate, "warmup_steps": 2, "epochs": 60}
-    result = start(by_answers(space, tuning=tuning, resources=ONE_CPU, train=train)).end()
+    train = {"learning_rate": 2e-3, "warmup_steps": 2, "epochs": 60}
+    result = start(by_answers(space, tuning=FULL, resources=ONE_CPU, train=train)).end()
     sweep = trials(result)
     by_epochs = {one.config["train.epochs"]: one for one in sweep.trials}
     assert sweep.winner is by_epochs[60]
