@@ -1,13 +1,14 @@
 """Half an hour of ten times what the engine can do: memory stays flat, what is let in is answered as in a full batch, the rest is 429.
 
-First as many clients as the batch has places, for the latencies of a full batch; then ten times as many, who ask again at once
-when they are turned away: streaming and whole, of four tenants, for two adapters that are always there and for sixty that are
+First as many clients as the batch has places, for the latencies of a full batch; the same beside strangers, who keep all but the engine busy; then
+ten times as many clients, who ask again at once when they are turned away: streaming and whole, of four tenants, for two adapters that are always there and for sixty that are
 not (the engine holds eight). Beside them clients that leave in the middle of an answer, that never read it, that send half a
 body, and routes that change every few seconds. It is the real application on Ray Serve (proxy, gateway, engine's replica), the engine with
 one thread on the first core, all else (clients, proxy, gateway, loader, Ray) on the last.
 
-Compared are requests of the same kind (warm adapters, clients that stay) in both phases. The last line is `soak p95_ratio=…
-memory_growth=… answered=… shed=… unavailable=… failed=…`: `memory_growth` is that of the resident memory from the first quarter of the
+Compared are requests of the same kind (warm adapters, clients that stay) in all phases. The last line is `soak p95_ratio=…
+beside_ratio=… memory_growth=… answered=… shed=… unavailable=… failed=…`: `beside_ratio` is overload over a full batch
+beside strangers: what is left when the machine has as much to do; `memory_growth` is that of the resident memory from the first quarter of the
 overload to its last, gateway, engine and loader together; `failed` counts answers that are neither 200, 429 nor 503, and streams
 that broke off.
 
@@ -149,6 +150,19 @@ class Clients:
         await asyncio.sleep(self.chance.uniform(0, 5))
         writer.close()
 
+    async def strangers(self) -> None:
+        """Ask as often as those who are turned away, with a key that nobody has: the gateway has work, the engine none."""
+        while time.monotonic() < self.over:
+            with contextlib.suppress(OSError):
+                reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                tenant = self.chance.choice(TENANTS)
+                request = self.request(tenant, self.models[tenant][0], stream=False)
+                writer.write(request.replace(self.keys[tenant].encode(), f"ak-{'a' * 12}-{'b' * 43}".encode()))
+                while await reader.read(65_536):
+                    pass
+                writer.close()
+            await asyncio.sleep(self.chance.uniform(0.1, 0.5))
+
     async def guessing(self) -> None:
         with contextlib.suppress(OSError):
             _, writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -226,6 +240,8 @@ async def soak(clients: Clients, options: argparse.Namespace, server: Served, ch
         for name in clients.models[tenant][:WARM]:
             await clients.one(tenant, name, stream=False, compared=False)
     full, _ = await phase("full batch", clients, server, options.places, max(options.minutes * 6, 60), [])
+    beside = [clients.strangers() for _ in range(options.places * (options.times - 1))]
+    busy, _ = await phase("beside strangers", clients, server, options.places, max(options.minutes * 6, 60), beside)
     odd = [
         clients.often(clients.leaving, 0.5),
         clients.often(clients.never_reading, 5),
@@ -236,14 +252,17 @@ async def soak(clients: Clients, options: argparse.Namespace, server: Served, ch
     over, memory = await phase("overload", clients, server, options.places * options.times, options.minutes * 60, odd)
     quarter = max(len(memory) // 4, 1)
     growth = statistics.median(memory[-quarter:]) / statistics.median(memory[:quarter]) - 1
-    for name, seen in (("full batch", full), ("overload", over)):
+    for name, seen in (("full batch", full), ("beside strangers", busy), ("overload", over)):
         print(f"{name}: answer p50 {part(seen.latencies, 0.5):.2f} s, p95 {part(seen.latencies, 0.95):.2f} s; "
               f"first token p50 {part(seen.first, 0.5):.2f} s, p95 {part(seen.first, 0.95):.2f} s; {dict(seen.results)}")  # fmt: skip
     known = ("answered", "shed", "unavailable")
     counts = " ".join(f"{name}={over.results[name]}" for name in known)
     failed = sum(count for name, count in over.results.items() if name not in known)
     ratio = part(over.latencies, 0.95) / part(full.latencies, 0.95)
-    print(f"soak p95_ratio={ratio:.2f} memory_growth={growth:.1%} {counts} failed={failed}")
+    beside_ratio = part(over.latencies, 0.95) / part(busy.latencies, 0.95)
+    print(
+        f"soak p95_ratio={ratio:.2f} beside_ratio={beside_ratio:.2f} memory_growth={growth:.1%} {counts} failed={failed}"
+    )
 
 
 async def phase(
