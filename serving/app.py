@@ -38,6 +38,7 @@ from orchestrator.tenants.usage import UsageWriter
 from serving.adapter_router import RESIDENCY_SECONDS, AdapterRouter
 from serving.background import Repeated
 from serving.gateway.app import create_app
+from serving.gateway.full import FullEngines
 from serving.gateway.gateway import Gateway, ServedBase
 from serving.gateway.prompts import Prompts
 from serving.handles import HandleEngine
@@ -106,6 +107,7 @@ class GatewayReplica:
             bases=served,
             limiter=self._limiter(settings, db),
             usage=usage,
+            full=FullEngines(_lone(bases)),
             metrics_key=settings.metrics_key,
             replicas=lambda: REPLICAS,
             deployments={base.deployment: base.name for base in bases},
@@ -182,6 +184,11 @@ class Prefetching:
 def _awake(bases: Collection[_Base]) -> Callable[[str], bool]:
     sleeping = {base.digest: base.deployment for base in bases if base.sleeps}
     return lambda digest: digest not in sleeping or bool(REPLICAS.get(sleeping[digest]))
+
+
+def _lone(bases: Collection[_Base]) -> Callable[[str], bool]:
+    deployments = {base.digest: base.deployment for base in bases}
+    return lambda digest: len(REPLICAS.get(deployments[digest], ())) == 1
 
 
 def _served(settings: Settings, base: _Base, handle: Any, postbox: Postbox | None) -> ServedBase:

@@ -24,12 +24,15 @@ class FullEngines:
     """Repeats an engine's answer for a moment to whoever asks again for the same: a flood costs its tokens, its reservations and
     a call of the engine's process once for each moment, and not once for each request.
 
-    Of each tenant by itself: one that has fewer requests than others may be let in where those are turned away. And of each
-    adapter by itself: another one may have another replica.
+    Of each tenant by itself: one that has fewer requests than others may be let in where those are turned away. And, where a
+    base has several replicas, of each adapter by itself: another one may have another replica.
+
+    Args:
+        lone: whether a base, by its digest, has one replica.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self._clock = clock
+    def __init__(self, lone: Callable[[str], bool] = lambda base: False, clock: Callable[[], float] = time.monotonic):
+        self._lone, self._clock = lone, clock
         self._seconds: dict[str, float] = {}  # that an answer takes, by base
         self._told: dict[tuple[str, str, str | None], tuple[float, EngineOverloaded]] = {}
 
@@ -42,7 +45,7 @@ class FullEngines:
         Raises:
             EngineOverloaded: as a moment ago.
         """
-        until, error = self._told.get(_key(tenant, choice), (0.0, None))
+        until, error = self._told.get(self._key(tenant, choice), (0.0, None))
         if error is not None and self._clock() < until:
             raise copy.copy(error)
 
@@ -53,8 +56,7 @@ class FullEngines:
             self._told = {key: told for key, told in self._told.items() if told[0] > now}
         moment = min(MOST_SECONDS, SHARE * self._seconds.get(choice.base_digest, 0.0))
         # a copy has no traceback, whose frames hold the request
-        self._told[_key(tenant, choice)] = now + moment, copy.copy(error)
+        self._told[self._key(tenant, choice)] = now + moment, copy.copy(error)
 
-
-def _key(tenant: str, choice: Choice) -> tuple[str, str, str | None]:
-    return tenant, choice.base_digest, choice.adapter
+    def _key(self, tenant: str, choice: Choice) -> tuple[str, str, str | None]:
+        return tenant, choice.base_digest, None if self._lone(choice.base_digest) else choice.adapter

@@ -30,7 +30,7 @@ def full(engines: FullEngines, tenant: str, asked: Choice) -> bool:
 
 @pytest.mark.parametrize(("answer", "moment"), [(0.16, 0.01), (1.6, 0.1), (60.0, MOST_SECONDS)])
 def test_a_moment_is_a_part_of_an_answers_time(answer: float, moment: float):
-    engines = FullEngines(clock := Clock())
+    engines = FullEngines(clock=(clock := Clock()))
     for _ in range(200):
         engines.ended("b", answer)
     engines.tell("acme", choice(), EngineOverloaded("full"))
@@ -41,7 +41,7 @@ def test_a_moment_is_a_part_of_an_answers_time(answer: float, moment: float):
 
 
 def test_nobody_elses_and_no_other_adapters():
-    engines = FullEngines(Clock())
+    engines = FullEngines(clock=Clock())
     engines.ended("b", 8.0)
     engines.tell("acme", choice(), EngineOverloaded("full"))
     assert full(engines, "acme", choice())
@@ -50,14 +50,25 @@ def test_nobody_elses_and_no_other_adapters():
     assert not full(engines, "acme", choice(base="other"))
 
 
+def test_of_a_lone_replica_no_other_adapters_either():
+    alone = {"b"}
+    engines = FullEngines(alone.__contains__, Clock())
+    engines.ended("b", 8.0)
+    engines.tell("acme", choice(), EngineOverloaded("full"))
+    assert full(engines, "acme", choice("other"))
+    assert not full(engines, "globex", choice("other"))
+    alone.clear()  # another one has come, and may have room
+    assert not full(engines, "acme", choice("other"))
+
+
 def test_before_anything_was_answered_the_engine_is_asked():
-    engines = FullEngines(Clock())
+    engines = FullEngines(clock=Clock())
     engines.tell("acme", choice(), EngineOverloaded("full"))
     assert not full(engines, "acme", choice())
 
 
 def test_nothing_of_the_request_is_kept():
-    engines = FullEngines(Clock())
+    engines = FullEngines(clock=Clock())
     try:
         raise EngineOverloaded("full")
     except EngineOverloaded as error:
@@ -67,7 +78,7 @@ def test_nothing_of_the_request_is_kept():
 
 
 def test_what_has_ended_is_forgotten():
-    engines = FullEngines(clock := Clock())
+    engines = FullEngines(clock=(clock := Clock()))
     engines.ended("b", 8.0)
     for number in range(3 * _KEPT):
         clock.now += 0.001
