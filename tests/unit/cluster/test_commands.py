@@ -86,7 +86,7 @@ def test_up_serves_and_shows_the_first_key_once(remote: FakeRay, home: Path, mon
     first = json.loads(run("up", "--base", "qwen3-0.6b", "--port", "9123", *small, "--json")[1])
     assert _plan(remote) == {
         "port": 9123,
-        "dtype": "bfloat16",
+        "dtype": "auto",
         "gateways": 1,
         "models": [{"name": "qwen3-0.6b", "reference": "qwen3-0.6b", "replicas": {"min": 1, "max": 1}}],
         "idle_seconds": 300.0,

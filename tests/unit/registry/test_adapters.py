@@ -42,7 +42,7 @@ def test_published_it_can_be_listed_with_all_that_is_known(
 
     record = read_provenance(store, digest)
     assert record.data == {"rows.jsonl": "1" * 64, "hf:x": "2" * 64}
-    assert (record.git_commit, record.seed, record.dtype) == ("c0ffee", 0, "bfloat16")
+    assert (record.git_commit, record.seed, record.dtype) == ("c0ffee", 0, "auto")
     assert record.versions["python"]
     assert record.versions["torch"]
     assert record.hardware["cpus"]
