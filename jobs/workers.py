@@ -175,6 +175,9 @@ def entered(config: dict[str, Any], began: float) -> Iterator[Session]:
         began: when its process came to its work, in seconds since the epoch.
     """
     import ray.train
+
+    if not config["gpus"]:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from who reserves none
     import torch
 
     from jobs.train.session import Session
