@@ -31,7 +31,7 @@ test: lint | postgres ## lint, types, import borders and every test
 test-vllm: $(VENV)/.adaptory-dev ## vLLM behind the Engine protocol and on Ray Serve, in an environment of its own (3 GB in build/)
 	$(BIN)/python tests/vllm/run.py $(ARGS)
 
-test-gpu: $(VENV)/.adaptory-dev ## training, sweeps and the engine on an NVIDIA GPU, against CPU, transformers and PEFT (four minutes)
+test-gpu: $(VENV)/.adaptory-dev ## training, sweeps and the engine on an NVIDIA GPU, against CPU, transformers and PEFT
 	$(BIN)/python -m pytest -p no:cacheprovider tests/gpu $(ARGS)
 
 bench: $(VENV)/.adaptory-dev ## list the benchmarks; NAME=… runs one

@@ -223,7 +223,7 @@ def entered(config: dict[str, Any], began: float) -> Iterator[Session]:
                 "imports": round(imported - began, 2),
             }
             session = Session(resolved, attempt, store, cache, place, events, seconds, report)
-            if resolved.spec.train.dtype == "float32" != asked.spec.train.dtype:
+            if resolved is not asked and resolved.spec.train.dtype == "float32":
                 text = "In float32: {} does not multiply bfloat16, which would take several times as long."
                 session.say("message", text.format("this GPU" if device.type == "cuda" else "this CPU"))
             yield session

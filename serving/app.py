@@ -188,7 +188,7 @@ def _awake(bases: Collection[_Base]) -> Callable[[str], bool]:
 
 def _lone(bases: Collection[_Base]) -> Callable[[str], bool]:
     deployments = {base.digest: base.deployment for base in bases}
-    return lambda digest: len(REPLICAS.get(deployments[digest], ())) == 1
+    return lambda digest: len(REPLICAS.get(deployments.get(digest, ""), ())) == 1
 
 
 def _served(settings: Settings, base: _Base, handle: Any, postbox: Postbox | None) -> ServedBase:

@@ -47,7 +47,7 @@ class _Moments(NamedTuple):
 
 
 class SingleEngine:
-    """AdamW on one worker, by torch's function: `torch.optim.AdamW` imports its compiler, which nothing here uses, for two seconds.
+    """AdamW on one worker, by torch's function: `torch.optim.AdamW` imports torch's compiler, which takes seconds and is of no use here.
 
     Args:
         parameters: the trained Parameters by name.

@@ -1,8 +1,8 @@
 """Half an hour of ten times what the engine can do: memory stays flat, what is let in is answered as in a full batch, the rest is 429.
 
-First as many clients as the batch has places, for the latencies of a full batch; the same beside strangers, who keep all but the engine busy; then
-ten times as many clients, who ask again at once when they are turned away: streaming and whole, of four tenants, for two adapters that are always there and for sixty that are
-not (the engine holds eight). Beside them clients that leave in the middle of an answer, that never read it, that send half a
+First as many clients as the batch has places, for the latencies of a full batch; the same beside strangers, who keep all but the
+engine busy; then ten times as many clients, who ask again at once when they are turned away: streaming and whole, of four tenants,
+for two adapters that are always there and for sixty that are not (the engine holds eight). Beside them clients that leave in the middle of an answer, that never read it, that send half a
 body, and routes that change every few seconds. It is the real application on Ray Serve (proxy, gateway, engine's replica), the engine with
 one thread on the first core, all else (clients, proxy, gateway, loader, Ray) on the last.
 

@@ -1,4 +1,4 @@
-"""Tests of the other folders once more, on a GPU, and those that only a GPU can answer. `make test-gpu`; about two minutes.
+"""Tests of the other folders once more, on a GPU, and those that only a GPU can answer. `make test-gpu`.
 
 The same functions are collected here, with another `device`. DeepSpeed, bitsandbytes and their tests are left out where they are
 not installed. `TEST_DEVICE=cpu` runs what does not ask for CUDA itself, which shows that the tests are sound.

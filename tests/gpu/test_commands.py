@@ -1,4 +1,4 @@
-"""What a person types, where there is one GPU: a sweep trains on it while it serves, and the winner answers over HTTP. A minute."""
+"""What a person types, where there is one GPU: a sweep trains on it while it serves, and the winner answers over HTTP."""
 
 from __future__ import annotations
 

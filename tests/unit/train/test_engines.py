@@ -131,7 +131,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
 
 
 def test_no_compiler_is_imported_to_take_a_step() -> None:
-    """It would take two seconds of each run's start."""
+    """It would take seconds of each run's start."""
     code = """
         import sys, torch
         from jobs.train.engines import SingleEngine
