@@ -240,14 +240,14 @@ def parse(kind: type[T], body: Any) -> T:
     """
     if not isinstance(body, dict):
         raise InvalidRequest("The body must be a JSON object.")
-    known = {name: value for name, value in body.items() if name not in LATER}
-    for name in body.keys() - known.keys():
+    later = [name for name in LATER if name in body]
+    for name in later:
         if not any(_same(body[name], harmless) for harmless in LATER[name]):
             raise InvalidRequest(
                 f"{name} is not supported yet.", hint="Leave it out.", field=name, reason="unsupported_parameter"
             )
     try:
-        return kind.model_validate(known)
+        return kind.model_validate({name: body[name] for name in body if name not in later} if later else body)
     except ValidationError as error:
         raise _explained(error) from error
 

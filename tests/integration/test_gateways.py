@@ -156,7 +156,7 @@ def a_route_reaches_both(gateways: Gateways) -> None:
     save_route(gateways.db, name, config, actor="test", expected=0)
     changed = time.monotonic()
     missing = {0, 1}
-    while missing and time.monotonic() - changed < 2:
+    while missing and time.monotonic() - changed < 20:
         missing = {n for n in missing if gateways.ask(n, key, "acme/intents").status_code != 200}
     assert not missing, f"after {time.monotonic() - changed:.1f} s"
 

@@ -13,9 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from sqlalchemy import event
 
 from orchestrator.db.models import ApiKeyRow
+from orchestrator.errors import InvalidRequest
 from orchestrator.names import shown
 from orchestrator.tenants.keys import create_key, revoke_key
 from serving.gateway.gateway import Bounds
@@ -234,16 +236,12 @@ WRONG: dict[str, tuple[type, Any]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_a_million_mistakes_cost_no_more_than_one(case: str):
     """Each is checked on the event loop, where all others wait for it. Complaining of each item took up to ten seconds."""
-    from orchestrator.errors import InvalidRequest
 
     kind, body = WRONG[case]
-    took = []
-    for _ in range(3):  # the collector of garbage may come in between
-        start = time.process_time()
-        with pytest.raises(InvalidRequest):
-            parse(kind, body)
-        took.append(time.process_time() - start)
-    assert min(took) < 0.25
+    with pytest.raises(InvalidRequest) as refused:
+        parse(kind, body)
+    assert isinstance(refused.value.__cause__, ValidationError)
+    assert refused.value.__cause__.error_count() < 10
 
 
 # --- clients that do not read ---------------------------------------------------------------------------------------

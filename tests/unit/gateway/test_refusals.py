@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 import httpx2
@@ -227,14 +226,16 @@ def test_a_body_that_is_too_large_announced_or_not(world):
 
 
 def test_a_body_that_comes_too_slowly(world):
+    taken = []
+
     async def parts() -> Any:
-        for _ in range(100):
+        for number in range(100):
+            taken.append(number)
             yield b" "
             await asyncio.sleep(0.05)
 
-    start = time.monotonic()
     assert error(send(world, parts()), 408)["code"] == "request_timeout"
-    assert time.monotonic() - start < 3
+    assert len(taken) < 100
 
 
 def test_behind_a_proxy_the_id_is_the_proxys(world):
