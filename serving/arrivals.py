@@ -58,8 +58,7 @@ class Arrivals:
         Raises:
             EngineOverloaded: the engine would not take it.
         """
-        backlog = self._backlog()
-        if backlog.room <= 0 and surplus(backlog.waiting, tenant) is None:
+        if not self._backlog().takes(tenant):
             raise _overloaded()
 
     def _make_room(self, tenant: str) -> None:
@@ -68,6 +67,8 @@ class Arrivals:
             return
         waiting = Counter(arrival.tenant for arrival in self._held) + Counter(backlog.waiting)
         most = surplus(waiting, tenant)
+        if most is None and tenant in backlog.impatient:
+            return  # the engine itself drops the one that has waited
         if most is None:
             raise _overloaded()
         youngest = next((arrival for arrival in reversed(self._held) if arrival.tenant == most), None)

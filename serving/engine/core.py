@@ -83,15 +83,23 @@ class EngineCore:
     Args:
         tokenizer: of transformers, for stop texts and text events.
         end: tokens that end an answer.
+        clock: by which a request has waited for long.
     """
 
-    def __init__(self, network: ServedNetwork, tokenizer: Any, end: frozenset[int], limits: Limits | None = None):
+    def __init__(
+        self,
+        network: ServedNetwork,
+        tokenizer: Any,
+        end: frozenset[int],
+        limits: Limits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.network, self.tokenizer, self.end = network, tokenizer, end
         self.limits = limits = limits or Limits()
         a = network.architecture
         self.grammars = Grammars(tokenizer, a.vocab_size, end)
         self._cache = KeyValueCache(a, limits.blocks, limits.block_size, network.dtype, network.device)
-        self._scheduler = Scheduler(limits)
+        self._scheduler = Scheduler(limits, clock)
         self._answers: dict[Sequence, Answer] = {}
         self._by_id: dict[str, Answer] = {}
         self._prompt_tokens = self._shared_tokens = self._completion_tokens = 0
@@ -149,7 +157,8 @@ class EngineCore:
             grammar: of the request's `response_format`, from `grammars`; None: compiled here if there is one.
 
         Returns:
-            the end of a request that had to give way: too many wait, and its tenant has more of them than this one.
+            the end of a request that had to give way: too many wait, and its tenant has more of them than this one, or it is
+            this tenant's own and has waited for long.
 
         Raises:
             InvalidRequest: it could never be answered here, or its id is taken.
@@ -161,9 +170,9 @@ class EngineCore:
             raise InvalidRequest(f"A request {request.id!r} is being answered.", field="id", value=request.id)
         if request.adapter is not None and request.adapter not in self.network.adapters:
             raise AdapterNotLoaded(f"The adapter {request.adapter} is not loaded.", adapter=request.adapter)
-        queue, surplus = self._scheduler.waiting, None
+        queue, gives_way = self._scheduler.waiting, None
         waiting = len(queue)
-        if self._scheduler.full and (surplus := queue.surplus(request.tenant)) is None:
+        if self._scheduler.full and (gives_way := queue.gives_way(request.tenant)) is None:
             raise _overloaded(waiting)
         sampling = request.sampling
         if grammar is None and sampling.response_format is not None:
@@ -177,9 +186,9 @@ class EngineCore:
         )
         self._answers[answer.sequence] = self._by_id[request.id] = answer
         self._scheduler.add(answer.sequence)
-        if surplus is None:
+        if gives_way is None:
             return []
-        gone = self._answers[surplus]
+        gone = self._answers[gives_way]
         self._remove(gone)
         return [Delivery(gone.request.id, None, _overloaded(waiting))]
 
@@ -285,7 +294,8 @@ class EngineCore:
 
     def backlog(self) -> Backlog:
         """Any thread may ask."""
-        return Backlog(self._scheduler.room, self._scheduler.waiting.new_of_each)
+        queue = self._scheduler.waiting
+        return Backlog(self._scheduler.room, queue.new_of_each, queue.impatient)
 
     # parts of the step
 

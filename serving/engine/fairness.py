@@ -3,12 +3,17 @@
 Virtual token counters (Sheng et al., OSDI 2024, arXiv:2401.00588): of the tenants that wait, the one which was served least
 is next. A tenant that comes to wait begins where the others are: having been away earns nothing. Within a tenant the
 oldest request is first.
+
+A queue that is always full makes nothing faster, and everybody wait. So who has waited for longer than bursts last gives way to
+the next request of the same tenant (as in CoDel, Nichols and Jacobson, 2012, and the adaptive LIFO of Maurer, "Fail at Scale", 2015):
+what is answered has waited little, however many ask. Where nobody else asks, nobody gives way.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +21,9 @@ if TYPE_CHECKING:
 
 ANSWER_TOKEN = 2
 """What a token of an answer counts, where one of a prompt counts 1: the paper's weights, near what a step costs."""
+
+PATIENCE = 0.25
+"""Seconds for which a new request waits before it gives way to another one of its tenant's: a fraction of a short answer's time."""
 
 _KEPT = 1024
 """Tenants whose counters are kept without looking which of them still say anything."""
@@ -34,7 +42,8 @@ def surplus(waiting: Mapping[str, int], tenant: str) -> str | None:
 class FairQueue:
     """Requests that wait for a place, and what each tenant was served."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
         self._queues: dict[str, deque[Sequence]] = {}  # of tenants that wait
         self._served: dict[str, int] = {}
         self._last: str | None = None  # whose request was taken last
@@ -71,6 +80,7 @@ class FairQueue:
             self._served[tenant] = max(self._served.get(tenant, 0), floor)
             self._queues[tenant] = deque()
         self._queues[tenant].append(sequence)
+        sequence.waits_since = self._clock()
 
     def put_back(self, sequence: Sequence) -> None:
         """One that had a place and lost it: the first of its tenant's."""
@@ -103,11 +113,25 @@ class FairQueue:
     def served(self, tenant: str) -> int:
         return self._served.get(tenant, 0)
 
-    def surplus(self, tenant: str) -> Sequence | None:
-        """The request that gives way to one of this tenant's when too many wait: the youngest new one of whoever has most,
-        if that leaves them at least as many as the tenant then has."""
+    def gives_way(self, tenant: str) -> Sequence | None:
+        """The request that gives way to a new one of this tenant's when too many wait: the youngest new one of whoever has most,
+        if that leaves them at least as many as the tenant then has; else its own oldest, if it has waited for long."""
         most = surplus(self.new_of_each, tenant)
-        return None if most is None else self._queues[most][-1]
+        return self._stale().get(tenant) if most is None else self._queues[most][-1]
+
+    @property
+    def impatient(self) -> frozenset[str]:
+        """Tenants whose oldest new request gives way to their next. Any thread may ask."""
+        return frozenset(self._stale())
+
+    def _stale(self) -> dict[str, Sequence]:
+        """The oldest new request of each tenant, if it has waited for long."""
+        oldest: dict[str, Sequence] = {}
+        for sequence in self:
+            if not sequence.preempted:
+                oldest.setdefault(sequence.tenant, sequence)
+        before = self._clock() - PATIENCE
+        return {tenant: sequence for tenant, sequence in oldest.items() if sequence.waits_since < before}
 
     def _floor(self) -> int:
         """Where who comes now begins: at the least served of those that wait, or else at whoever had the last turn."""

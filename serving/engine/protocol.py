@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from orchestrator.errors import InvalidRequest
+from serving.engine.fairness import surplus
 
 if TYPE_CHECKING:
     from serving.engine.prepared import Prepared
@@ -154,6 +155,12 @@ class Backlog:
     """New requests before it turns any away."""
     waiting: Mapping[str, int]
     """Of each tenant: new requests of which the youngest gives way to one of a tenant that has fewer, when there is no room."""
+    impatient: frozenset[str] = frozenset()
+    """Tenants of which one that waits gives way to their own next, when there is no room."""
+
+    def takes(self, tenant: str) -> bool:
+        """Whether a new request of this tenant's would not be turned away."""
+        return self.room > 0 or tenant in self.impatient or surplus(self.waiting, tenant) is not None
 
 
 class Engine(Protocol):

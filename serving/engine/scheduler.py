@@ -5,15 +5,17 @@ the others: the one last chosen while it answers, a chunk of many while its prom
 shared prefixes and going on after a preemption are one thing. Decoding comes first; what is left of the step's token
 budget reads prompts, those of the tenant first that was served least (`serving.engine.fairness`).
 
-A tenant that finds every place taken, or the cache full, gets its share of them at once, from tenants that have more than
-theirs: else a flood of long answers would hold everybody back for as long as the longest of them.
+A tenant that finds every place taken, or the cache full, gets half of its share of them at once, from tenants that have more than
+theirs: else a flood of long answers would hold everybody back for as long as the longest of them. The other half comes
+with the next places that get free: whoever loses one is computed again, which costs all more than that wait.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from serving.engine.blocks import BlockPool, block_name, root_name
@@ -63,6 +65,8 @@ class Sequence:
     names: list[bytes] = field(default_factory=list)
     """Of its full blocks, as far as they were needed."""
     preempted: bool = False
+    waits_since: float = 0.0
+    """When it came to wait, in seconds of its queue's clock."""
 
     def __post_init__(self) -> None:
         self.prompt = len(self.tokens)
@@ -94,10 +98,10 @@ class Work:
 
 
 class Scheduler:
-    def __init__(self, limits: Limits):
+    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic):
         self.limits = limits
         self.pool = BlockPool(limits.blocks, limits.block_size, limits.share_prefixes)
-        self.waiting = FairQueue()
+        self.waiting = FairQueue(clock)
         self.running: list[Sequence] = []
         self.preemptions = 0
 
@@ -250,10 +254,10 @@ class Scheduler:
         return blocks
 
     def _entitled(self, sequence: Sequence, held: Mapping[str, tuple[int, int]], share: float) -> bool:
-        """Whether its tenant would have no more than its share with it, or has no place at all."""
+        """Whether its tenant would have no more than half of its share with it, or has no place at all."""
         places, blocks = held.get(sequence.tenant, (0, 0))
         needed = -(-len(sequence.tokens) // self.limits.block_size)
-        return places == 0 or self._part(places + 1, blocks + needed) <= share
+        return places == 0 or self._part(places + 1, blocks + needed) <= share / 2
 
     def _part(self, places: int, blocks: int) -> float:
         """Of the places or of the cache, whichever is more (dominant resource; Ghodsi et al., NSDI 2011)."""

@@ -23,6 +23,7 @@ import contextlib
 import json
 import os
 import random
+import secrets
 import shutil
 import socket
 import statistics
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import requests
 from sides.running import BUILD, Conversation
 from sides.setting_up import base_model, new_adapter
 
@@ -42,6 +44,8 @@ TENANTS = ("acme", "globex", "initech", "umbrella")
 WARM = 2
 """Adapters of each tenant's that are asked for all the time."""
 SLOTS = 8
+COUNTED = ("steps", "step_seconds", "preemptions", "prompt_tokens", "shared_tokens", "completion_tokens", "cold")
+"""Of what the engine counts."""
 QUESTION = "Write a long story about a lighthouse keeper who finds a bottle on the beach."
 
 
@@ -202,6 +206,9 @@ def main() -> None:
     first, last = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {last})  # what is started from here on inherits it
     shutil.rmtree(HOME, ignore_errors=True)
+    key = HOME / "keys/metrics_key"
+    key.parent.mkdir(parents=True, mode=0o700)
+    key.write_text(secrets.token_urlsafe(32))
     model = options.model or base_model()
     os.environ |= {"ADAPTORY_HOME": str(HOME), "HF_HUB_OFFLINE": "1"}
     keys, models, change = tenants(model, options.adapters)
@@ -216,14 +223,24 @@ def main() -> None:
     with Conversation("soak_served.py", case) as served:
         place = served.hear()
         clients = Clients(place["port"], keys, models, options.new_tokens)
-        asyncio.run(soak(clients, options, Served(place["gateway"], place["engine"]), change))
+        asyncio.run(
+            soak(clients, options, Served(place["gateway"], place["engine"], place["port"], key.read_text()), change)
+        )
 
 
 class Served:
-    """The processes whose memory is looked at."""
+    """The processes whose memory is looked at, and what the engine says of itself."""
 
-    def __init__(self, gateway: int, engine: int):
+    def __init__(self, gateway: int, engine: int, port: int, metrics_key: str):
         self._gateway, self._engine = psutil.Process(gateway), psutil.Process(engine)
+        self._port, self._key = port, metrics_key
+
+    def counters(self) -> dict[str, float]:
+        """Of the engine, since its start."""
+        headers = {"Authorization": f"Bearer {self._key}"}
+        told = requests.get(f"http://127.0.0.1:{self._port}/status", headers=headers, timeout=60).json()
+        ((replica,),) = (replicas.values() for replicas in told["engines"].values())
+        return replica["stats"] | replica["cache"]
 
     def memory(self) -> dict[str, float]:
         """MB that are resident."""
@@ -269,6 +286,7 @@ async def phase(
     name: str, clients: Clients, server: Served, count: int, seconds: float, odd: Sequence[Awaitable[None]]
 ) -> tuple[Seen, list[float]]:
     """What clients saw, and the server's memory in MB, looked at now and then."""
+    before = await asyncio.to_thread(server.counters)
     clients.seen, clients.over = Seen(), time.monotonic() + seconds
     start, memory = time.monotonic(), []
     running = asyncio.gather(*(clients.asking() for _ in range(count)), *odd)
@@ -280,6 +298,10 @@ async def phase(
         parts = ", ".join(f"{part} {megabytes:.0f} MB" for part, megabytes in used.items())
         print(f"{name} {minutes:5.1f} min: {parts}; {dict(clients.seen.results)}", flush=True)
     await running
+    after = await asyncio.to_thread(server.counters)
+    took = {name: after[name] - before[name] for name in COUNTED}
+    counts = ", ".join(f"{value:.0f} {name}" for name, value in took.items())
+    print(f"{name}, the engine: {counts}; {1000 * took['step_seconds'] / took['steps']:.1f} ms a step", flush=True)
     return clients.seen, memory
 
 

@@ -58,7 +58,8 @@ def _write_adapter(base: Path, directory: Path, shape: dict[str, Any], seed: int
 
 @pytest.fixture
 def make_engine(tiny_model, device) -> Callable[..., EngineCore]:
-    """`make_engine("llama", cache_tokens=…)` → an engine in fp32 whose answers end by their length only."""
+    """`make_engine("llama", cache_tokens=…)` → an engine in fp32 whose answers end by their length only, and whose clock stands
+    still."""
 
     def make(
         architecture: str = "llama",
@@ -66,12 +67,13 @@ def make_engine(tiny_model, device) -> Callable[..., EngineCore]:
         dtype: Any = torch.float32,
         pack: bool | None = None,
         fuse: bool = True,
+        clock: Callable[[], float] = lambda: 0.0,
         **limits: Any,
     ) -> EngineCore:
         directory = tiny_model(architecture)
         sizes = {"cache_tokens": 4096, "max_sequences": 16, "batch_tokens": 64, "block_size": 16} | limits
         network = ServedNetwork(load_model(directory, dtype=dtype, device=device).eval(), pack, fuse=fuse)
-        return EngineCore(network, AutoTokenizer.from_pretrained(directory), end, Limits(**sizes))
+        return EngineCore(network, AutoTokenizer.from_pretrained(directory), end, Limits(**sizes), clock)
 
     return make
 

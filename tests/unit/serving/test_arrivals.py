@@ -73,6 +73,19 @@ def test_what_waits_in_the_engine_counts_and_the_engine_itself_drops_it():
     asyncio.run(run())
 
 
+def test_who_has_waited_in_the_engine_for_long_gives_way_to_one_that_waits_for_its_adapter():
+    async def run() -> None:
+        waiting = Waiting(room=0, waiting={"a": 1})
+        assert (await waiting.ask("a")).exception()
+        waiting.backlog = Backlog(0, {"a": 1}, frozenset("a"))
+        other, mine = await waiting.ask("b"), await waiting.ask("a")
+        assert other.exception()
+        waiting.go_on.set()
+        assert await mine == "a"
+
+    asyncio.run(run())
+
+
 def test_who_needs_to_wait_for_no_adapter_is_asked_only_whether_the_engine_has_room():
     async def run() -> None:
         waiting = Waiting(room=1)
@@ -83,6 +96,10 @@ def test_who_needs_to_wait_for_no_adapter_is_asked_only_whether_the_engine_has_r
             with pytest.raises(EngineOverloaded):
                 waiting.arrivals.check(tenant)
         waiting.arrivals.check("c")  # one of a's gives way
+        waiting.backlog = Backlog(0, {"a": 1}, frozenset("a"))
+        waiting.arrivals.check("a")  # to itself, having waited for long
+        with pytest.raises(EngineOverloaded):
+            waiting.arrivals.check("b")
 
     asyncio.run(run())
 
