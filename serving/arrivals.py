@@ -23,7 +23,8 @@ class Arrivals:
     """Turns away what the engine would turn away, before an adapter is fetched for it and another one has to leave for that.
 
     Whoever waits for an adapter counts as waiting in the engine's queue, and gives way as there: when there is no room, the
-    youngest of the tenant that has most of those who wait. A request whose adapter is in the engine waits behind none of them.
+    youngest of the tenant that has most of those who wait, or one of the same tenant that has waited in the engine for long. A
+    request whose adapter is in the engine waits behind none of them.
 
     Args:
         backlog: the engine's.
@@ -67,9 +68,9 @@ class Arrivals:
             return
         waiting = Counter(arrival.tenant for arrival in self._held) + Counter(backlog.waiting)
         most = surplus(waiting, tenant)
-        if most is None and tenant in backlog.impatient:
-            return  # the engine itself drops the one that has waited
         if most is None:
+            if tenant in backlog.impatient and not any(arrival.tenant == tenant for arrival in self._held):
+                return  # the engine itself drops the one that has waited, for one
             raise _overloaded()
         youngest = next((arrival for arrival in reversed(self._held) if arrival.tenant == most), None)
         if youngest is not None:  # else the engine itself drops one of that tenant's

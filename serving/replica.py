@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -113,7 +113,10 @@ class EngineReplica:
         """
         try:
             with self._places.held(request.tenant):
-                async with self._leased(request), contextlib.aclosing(self.engine.generate(request)) as events:
+                async with (
+                    self._leased(request) as ready,
+                    contextlib.aclosing(self.engine.generate(ready)) as events,
+                ):
                     if not stream:
                         yield Begun(self.name, await joined(events))
                         return
@@ -125,18 +128,18 @@ class EngineReplica:
             yield error
 
     @contextlib.asynccontextmanager
-    async def _leased(self, request: GenerateRequest) -> AsyncIterator[None]:
+    async def _leased(self, request: GenerateRequest) -> AsyncIterator[GenerateRequest]:
         adapter = request.adapter
         arrival: contextlib.AbstractAsyncContextManager[None] = contextlib.nullcontext()
         if adapter is None or adapter in self.cache.residency.engine:
             self._arrivals.check(request.tenant)
         else:
-            arrival = self._arrivals.held(request.tenant)
+            arrival, request = self._arrivals.held(request.tenant), replace(request, fetched=True)
         async with contextlib.AsyncExitStack() as held:
             if adapter is not None:
                 async with arrival:
                     await held.enter_async_context(self.cache.lease(adapter))
-            yield
+            yield request
 
     def residency(self) -> dict[str, Any]:
         """What routers and metrics are told: JSON-able."""

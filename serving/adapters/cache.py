@@ -17,7 +17,7 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -142,11 +142,18 @@ class AdapterCache:
     Args:
         loads: reads and checks adapters; told each digest once at a time.
         engine: whose slots this cache alone fills.
+        clock: seconds, by which loads are dear and refusals old.
     """
 
-    def __init__(self, loads: Loads, engine: Slots, limits: CacheLimits | None = None):
+    def __init__(
+        self,
+        loads: Loads,
+        engine: Slots,
+        limits: CacheLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.limits, self.metrics = limits or CacheLimits(), CacheMetrics()
-        self._loads, self._engine = loads, engine
+        self._loads, self._engine, self._clock = loads, engine, clock
         self._entries: dict[str, _Entry] = {}
         self._refused: OrderedDict[str, tuple[float, AdaptoryError]] = OrderedDict()
         self._to_load: OrderedDict[str, _Entry] = OrderedDict()
@@ -238,7 +245,7 @@ class AdapterCache:
 
     async def _wait(self, entry: _Entry, timeout: float) -> None:
         self._check_waiting(entry)
-        cold, start = entry.prepared is None, time.monotonic()
+        cold, start = entry.prepared is None, self._clock()
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         entry.waiters.add(waiter)
         self._waiting += 1
@@ -253,7 +260,7 @@ class AdapterCache:
             entry.waiters.discard(waiter)
             self._waiting -= 1
             if cold:
-                self.metrics.cold_seconds += time.monotonic() - start
+                self.metrics.cold_seconds += self._clock() - start
         self.metrics.cold += cold
         self.metrics.memory_hits += not cold
 
@@ -261,7 +268,7 @@ class AdapterCache:
         if self._stopped is not None:
             raise copy.copy(self._stopped)
         until, error = self._refused.get(entry.digest, (0.0, None))
-        if error is not None and time.monotonic() < until and entry.prepared is None:
+        if error is not None and self._clock() < until and entry.prepared is None:
             self.metrics.remembered_refusals += 1
             raise copy.copy(error)
         if self._waiting >= self.limits.waiting:
@@ -317,7 +324,7 @@ class AdapterCache:
             task.add_done_callback(self._tasks.discard)
 
     async def _load(self, entry: _Entry) -> None:
-        start = time.monotonic()
+        start = self._clock()
         try:
             loaded = await self._loads.load(entry.digest)
         except AdaptoryError as error:
@@ -327,7 +334,7 @@ class AdapterCache:
             what = f"The adapter {entry.digest} could not be loaded: {type(error).__name__}: {error}"
             self._failed(entry, AdapterUnavailable(what, adapter=entry.digest))
         else:
-            entry.cost = time.monotonic() - start
+            entry.cost = self._clock() - start
             self.metrics.load_seconds += entry.cost
             self.metrics.loaded_bytes += loaded.size
             self.metrics.loads_from_store += loaded.from_store
@@ -345,7 +352,7 @@ class AdapterCache:
         self.metrics.refused_loads += refused
         self.metrics.failed_loads += not refused
         seconds = self.limits.refusal if refused else self.limits.failure
-        self._refused[entry.digest] = time.monotonic() + seconds, error
+        self._refused[entry.digest] = self._clock() + seconds, error
         self._refused.move_to_end(entry.digest)
         while len(self._refused) > 1024:
             self._refused.popitem(last=False)

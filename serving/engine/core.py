@@ -158,7 +158,7 @@ class EngineCore:
 
         Returns:
             the end of a request that had to give way: too many wait, and its tenant has more of them than this one, or it is
-            this tenant's own and has waited for long.
+            this tenant's own, and has waited for long or had no adapter to wait for.
 
         Raises:
             InvalidRequest: it could never be answered here, or its id is taken.
@@ -172,14 +172,14 @@ class EngineCore:
             raise AdapterNotLoaded(f"The adapter {request.adapter} is not loaded.", adapter=request.adapter)
         queue, gives_way = self._scheduler.waiting, None
         waiting = len(queue)
-        if self._scheduler.full and (gives_way := queue.gives_way(request.tenant)) is None:
+        if self._scheduler.full and (gives_way := queue.gives_way(request.tenant, request.fetched)) is None:
             raise _overloaded(waiting)
         sampling = request.sampling
         if grammar is None and sampling.response_format is not None:
             grammar = self.grammars.matcher(sampling.response_format)
         answer = Answer(
             request,
-            Sequence(list(request.prompt_ids), request.adapter, request.tenant),
+            Sequence(list(request.prompt_ids), request.adapter, request.tenant, request.fetched),
             secrets.randbits(63) if sampling.seed is None else sampling.seed,
             TextStream(self.tokenizer, sampling.stop),
             grammar,

@@ -113,25 +113,36 @@ class FairQueue:
     def served(self, tenant: str) -> int:
         return self._served.get(tenant, 0)
 
-    def gives_way(self, tenant: str) -> Sequence | None:
+    def gives_way(self, tenant: str, fetched: bool = False) -> Sequence | None:
         """The request that gives way to a new one of this tenant's when too many wait: the youngest new one of whoever has most,
-        if that leaves them at least as many as the tenant then has; else its own oldest, if it has waited for long."""
+        if that leaves them at least as many as the tenant then has; else one of its own.
+
+        Args:
+            fetched: the new one has had its adapter loaded.
+        """
         most = surplus(self.new_of_each, tenant)
-        return self._stale().get(tenant) if most is None else self._queues[most][-1]
+        if most is not None:
+            return self._queues[most][-1]
+        own = self._replaceable().get(tenant, [])
+        if fetched:
+            return own[-1] if own else None
+        return own[0] if own and self._stale(own[0]) else None
 
     @property
     def impatient(self) -> frozenset[str]:
-        """Tenants whose oldest new request gives way to their next. Any thread may ask."""
-        return frozenset(self._stale())
+        """Tenants of which one that waits gives way to their next. Any thread may ask."""
+        return frozenset(tenant for tenant, own in self._replaceable().items() if self._stale(own[0]))
 
-    def _stale(self) -> dict[str, Sequence]:
-        """The oldest new request of each tenant, if it has waited for long."""
-        oldest: dict[str, Sequence] = {}
+    def _replaceable(self) -> dict[str, list[Sequence]]:
+        """Of each tenant the new requests that have had nothing done for them, in order of arrival."""
+        found: dict[str, list[Sequence]] = {}
         for sequence in self:
-            if not sequence.preempted:
-                oldest.setdefault(sequence.tenant, sequence)
-        before = self._clock() - PATIENCE
-        return {tenant: sequence for tenant, sequence in oldest.items() if sequence.waits_since < before}
+            if not (sequence.preempted or sequence.fetched):
+                found.setdefault(sequence.tenant, []).append(sequence)
+        return found
+
+    def _stale(self, sequence: Sequence) -> bool:
+        return sequence.waits_since < self._clock() - PATIENCE
 
     def _floor(self) -> int:
         """Where who comes now begins: at the least served of those that wait, or else at whoever had the last turn."""

@@ -87,6 +87,8 @@ class GenerateRequest:
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     tenant: str = ""
     """Who asks: tenants share an engine by tokens."""
+    fetched: bool = False
+    """Its adapter was loaded for it, which is not to be for nothing: it gives way to none of its tenant's, and the youngest of them to it."""
 
 
 class FinishReason(StrEnum):

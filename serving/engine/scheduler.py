@@ -54,6 +54,8 @@ class Sequence:
     tokens: list[int]
     adapter: str | None = None
     tenant: str = ""
+    fetched: bool = False
+    """As the request's."""
     prompt: int = field(init=False)
     """Tokens of the prompt."""
     computed: int = 0

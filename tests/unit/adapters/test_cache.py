@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections import Counter
 
 import pytest
@@ -534,13 +535,14 @@ class Life(RuleBasedStateMachine):
     async def _begin(self):
         self.loads, self.engine = Loads(sizes=SIZES, limit=2), Engine(SLOTS)
         limits = CacheLimits(slots=SLOTS, memory=MEMORY, loads=2, swaps=2, refusal=0.0, failure=0.0)
-        self.cache = AdapterCache(self.loads, self.engine, limits)
+        # the same events give the same costs of loads, and so the same evictions
+        self.cache = AdapterCache(self.loads, self.engine, limits, clock=itertools.count().__next__)
 
     def _do(self, action):
         async def main():
             await action()
             await quiet()
-            self.engine.leased = Counter(lease.digest for lease in self.leases if _holds(lease))
+            self._count()
 
         self.loop.run_until_complete(main())
 
@@ -555,7 +557,7 @@ class Life(RuleBasedStateMachine):
     @rule(data=st.data())
     def let_go(self, data):
         lease = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
-        self.engine.leased[lease.digest] = 0  # counted again afterwards; a swap may come at once
+        self._count()  # a swap may come at once
 
         async def action():
             if _holds(lease):
@@ -563,8 +565,10 @@ class Life(RuleBasedStateMachine):
             else:
                 lease.task.cancel()
 
-        self.engine.leased = Counter(other.digest for other in self.leases if _holds(other))
         self._do(action)
+
+    def _count(self):
+        self.engine.leased = Counter(lease.digest for lease in self.leases if _holds(lease))
 
     @rule(digests=st.sets(st.sampled_from(DIGESTS), max_size=2))
     def pin(self, digests):
@@ -636,9 +640,10 @@ class Life(RuleBasedStateMachine):
                 await quiet()
                 for lease in [lease for lease in self.leases if lease.has.done()]:
                     self.leases.remove(lease)
-                    self.engine.leased[lease.digest] -= 1
+                    self._count()
                     await lease.end()
             assert not self.leases
+            assert self.cache._stopped is None, "a promise that the engine's or the loads' side saw broken"
             await self.cache.close()
 
         try:

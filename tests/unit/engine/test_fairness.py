@@ -236,8 +236,9 @@ def test_counters_have_an_end():
 # --- a full queue ---------------------------------------------------------------------------------------------------
 
 
-def asks(tenant: str, new: int = 3) -> GenerateRequest:
-    return GenerateRequest((5, 6, 7), None, Sampling(max_tokens=new, ignore_end=True), tenant=tenant)
+def asks(tenant: str, new: int = 3, *, fetched: bool = False) -> GenerateRequest:
+    sampling = Sampling(max_tokens=new, ignore_end=True)
+    return GenerateRequest((5, 6, 7), None, sampling, tenant=tenant, fetched=fetched)
 
 
 def test_who_has_most_waiting_gives_way(make_engine):
@@ -283,6 +284,31 @@ def test_who_has_waited_for_long_gives_way_to_the_next_of_the_same_tenant(make_e
         core.add(asks("a"))  # the third has just come
     ended = {delivery.request_id: delivery.error for delivery in answers(core) if delivery.last}
     assert ended == dict.fromkeys([running.id, second.id, third.id]), "without another one's asking nobody gives way"
+
+
+def test_what_has_had_its_adapter_loaded_keeps_its_place_and_takes_that_of_one_that_has_not(make_engine):
+    now = 0.0
+    core = make_engine(max_sequences=1, max_waiting=2, clock=lambda: now)
+    running, first, second = asks("a", new=20), asks("a"), asks("a")
+    core.add(running)
+    core.step()
+    for request in (first, second):
+        core.add(request)
+    third = asks("a", fetched=True)
+    assert [delivery.request_id for delivery in core.add(third)] == [second.id]  # the youngest has waited least
+    now = 2 * PATIENCE
+    fourth = asks("a")
+    assert [delivery.request_id for delivery in core.add(fourth)] == [first.id]
+    fifth = asks("a", fetched=True)
+    assert [delivery.request_id for delivery in core.add(fifth)] == [fourth.id]
+    now = 4 * PATIENCE
+    assert core.backlog() == Backlog(0, {"a": 2})
+    for late in (asks("a"), asks("a", fetched=True)):
+        with pytest.raises(EngineOverloaded):
+            core.add(late)
+    assert [delivery.request_id for delivery in core.add(asks("b"))] == [fifth.id]  # another tenant has its turn
+    ended = {delivery.request_id: delivery.error for delivery in answers(core) if delivery.last}
+    assert {running.id, third.id} <= ended.keys()
 
 
 def test_what_was_begun_never_gives_way(make_engine):

@@ -80,6 +80,7 @@ def test_who_has_waited_in_the_engine_for_long_gives_way_to_one_that_waits_for_i
         waiting.backlog = Backlog(0, {"a": 1}, frozenset("a"))
         other, mine = await waiting.ask("b"), await waiting.ask("a")
         assert other.exception()
+        assert (await waiting.ask("a")).exception()  # one for one
         waiting.go_on.set()
         assert await mine == "a"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,11 @@ class Loads:
 
 
 @pytest.fixture
-def full(tiny_model: Callable[[str], Path], tmp_path: Path) -> tuple[EngineReplica, Loads]:
-    """Two places; one request may wait."""
+def full(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[EngineReplica, Loads]:
+    """Two places; one request may wait, for as long as the test takes."""
+    monkeypatch.setattr("serving.engine.fairness.PATIENCE", 1000.0)
     made = replica(tiny_model("llama"), tmp_path, max_sequences=2, max_length=8192)
     made.cache._loads = loads = Loads()
     return made, loads
@@ -70,6 +74,28 @@ def test_a_full_engine_turns_away_before_an_adapter_is_fetched(full: tuple[Engin
         await engine.close()
 
     asyncio.run(run())
+
+
+def test_whose_adapter_was_fetched_is_told_to_the_engine(
+    full: tuple[EngineReplica, Loads], monkeypatch: pytest.MonkeyPatch
+):
+    engine, told = full[0], []
+
+    async def generate(request: GenerateRequest) -> Any:
+        told.append(request)
+        raise EngineOverloaded("full")
+        yield
+
+    monkeypatch.setattr(engine.engine, "generate", generate)
+    monkeypatch.setattr(engine.cache, "lease", lambda adapter: contextlib.nullcontext())
+
+    async def run() -> None:
+        for adapter in (None, COLD):
+            assert isinstance(await first(engine, asks(adapter=adapter)), EngineOverloaded)
+        await engine.engine.close()
+
+    asyncio.run(run())
+    assert [request.fetched for request in told] == [False, True]
 
 
 def test_a_length_that_no_memory_holds_is_refused(tiny_model: Callable[[str], Path], tmp_path: Path):
