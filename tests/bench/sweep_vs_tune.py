@@ -1,6 +1,6 @@
 """A sweep's makespan beside Ray Tune with one run a trial: over TRL's SFTTrainer, and over our own loop.
 
-Learning rate x epochs, 8 x {1, 2, 3} = 24 trials of LoRA rank 8 on SmolLM2-135M in bf16, 64 real rows, 8 rows a step, ASHA that
+Learning rate x epochs, 8 x {1, 2, 3} = 24 trials of LoRA rank 8 on SmolLM2-135M, 64 real rows, 8 rows a step, ASHA that
 compares trials at the end of their epochs. Every side begins without Ray and ends with every trial done and the best known:
 
 - ours: `adaptory run` of a spec, whole: also with neither early stopping nor trunks (a linear schedule has none), and with early
@@ -36,6 +36,8 @@ from typing import Any
 from sides.running import BUILD, SIDES, Result, environment, measure
 from sides.setting_up import base_model
 
+from orchestrator.modeling.dtypes import DTYPES, chosen_dtype
+
 EPOCHS = (1, 2, 3)
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
 ROWS, HELD_OUT, BATCH, RANK = 64, 16, 8, 8
@@ -48,11 +50,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", type=int, default=len(RATES), help="how many of the learning rates")
     parser.add_argument("--brief", action="store_true", help="only what the two ratios need")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="of all sides' base model; auto: what this CPU is made for",
+    )
     options = parser.parse_args()
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     model, trl_python = base_model(), environment("trl", SIDES / "trl-requirements.txt")
-    spec = write_case(model, RATES[: options.rates])
+    spec = write_case(model, RATES[: options.rates], chosen_dtype(options.dtype, "cpu"))
     case = WORK / "case.json"
     lanes = [measure(sys.executable, "packed_lanes.py", {"case": case, "lanes": n}) for n in LANES]
     for count, found in zip(LANES, lanes, strict=True):
@@ -148,7 +156,7 @@ def sweep(spec: Path, name: str, changed: dict[str, str]) -> Result:
 # --- the case -------------------------------------------------------------------------------------------------------
 
 
-def write_case(model: Path, rates: tuple[float, ...]) -> Path:
+def write_case(model: Path, rates: tuple[float, ...], dtype: str) -> Path:
     """The same rows for all: as a person has them for ours, rendered and masked for the others."""
     import yaml
     from transformers import AutoTokenizer
@@ -178,7 +186,7 @@ def write_case(model: Path, rates: tuple[float, ...]) -> Path:
         "base_model": str(model),
         "data": {"train": str(WORK / "rows-chat.jsonl"), "validation": str(WORK / "validation-chat.jsonl")},
         "tuning": {"type": "lora", "rank": RANK, "alpha": 2 * RANK},
-        "train": {"schedule": "warmup_stable_decay", "batch_size": BATCH, "max_length": 512, "dtype": "bfloat16"},
+        "train": {"schedule": "warmup_stable_decay", "batch_size": BATCH, "max_length": 512, "dtype": dtype},
         "sweep": {
             "search": {"learning_rate": {"choice": list(rates)}, "epochs": {"choice": list(EPOCHS)}},
             "trials": "all",
@@ -196,7 +204,7 @@ def write_case(model: Path, rates: tuple[float, ...]) -> Path:
             trials.append({"learning_rate": rate, "epochs": epochs, "spec": own.model_dump(mode="json")})
     middle = rates[len(rates) // 2]
     case = {
-        "model": str(model), "rows": str(paths["rows"]), "validation": str(paths["validation"]),
+        "model": str(model), "dtype": dtype, "rows": str(paths["rows"]), "validation": str(paths["validation"]),
         "batch_size": BATCH, "rank": RANK, "longest": max(EPOCHS), "trials": trials,
         "measured": [{"learning_rate": middle, "epochs": epochs} for epochs in reversed(EPOCHS)],
     }  # fmt: skip
@@ -207,7 +215,15 @@ def write_case(model: Path, rates: tuple[float, ...]) -> Path:
 def placed(case: Path, script: str, python: str, modes: list[Result]) -> tuple[Path, Result]:
     """How the usual way is fastest: the mode of training, and one trial with all cores or one on each core."""
     cores = os.cpu_count() or 1
-    common = {"model": base_model(), "rows": WORK / "rows.jsonl", "batch-size": BATCH, "rank": RANK, "steps": 4}
+    dtype = json.loads(case.read_text())["dtype"]
+    common = {
+        "model": base_model(),
+        "dtype": dtype,
+        "rows": WORK / "rows.jsonl",
+        "batch-size": BATCH,
+        "rank": RANK,
+        "steps": 4,
+    }
 
     def speed(mode: Result, places: int) -> float:
         threads = cores // places

@@ -24,6 +24,7 @@ from jobs.train.packing import pack
 from jobs.train.setup import Place, micro_batch_tokens, use_threads
 from jobs.train.steps import Progress
 from orchestrator.modeling.decoder import adapter_parameters, add_adapter
+from orchestrator.modeling.dtypes import DTYPES
 from orchestrator.modeling.loading import load_model
 from orchestrator.modeling.lora import LoraShape
 from orchestrator.spec.job import LoraTuning, TrainSpec
@@ -83,13 +84,15 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="rows per optimiser step")
     parser.add_argument("--micro-batch-tokens", type=int, help="default: what a run takes")
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
 
-    rows, spec = Rows(options.rows), TrainSpec(learning_rate=options.learning_rate, schedule="constant", warmup=0.0)
+    rows = Rows(options.rows)
+    spec = TrainSpec(learning_rate=options.learning_rate, schedule="constant", warmup=0.0, dtype=options.dtype)
     use_threads(options.threads)
-    model = load_model(options.model)
+    model = load_model(options.model, dtype=DTYPES[options.dtype])
     tokens = options.micro_batch_tokens or micro_batch_tokens(spec, model, Place(), int(rows.lengths.max()))
     batches = InOrder(
         rows.lengths,

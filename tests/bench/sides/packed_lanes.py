@@ -18,6 +18,7 @@ from jobs.sweep.packed import PackedGroup
 from jobs.sweep.planning import FULL, Pace
 from jobs.sweep.worker import TOKENS_AT_ONCE
 from jobs.train.setup import Place, use_threads
+from orchestrator.modeling.dtypes import DTYPES
 from orchestrator.modeling.loading import load_model
 from orchestrator.spec.job import JobSpec
 
@@ -32,7 +33,7 @@ def main() -> None:
     use_threads(os.cpu_count() or 1)
     longest = [trial for trial in case["trials"] if trial["epochs"] == case["longest"]]
     group = PackedGroup(
-        load_model(Path(case["model"])),
+        load_model(Path(case["model"]), dtype=DTYPES[case["dtype"]]),
         Rows(Path(case["rows"])),
         None,
         Place(),

@@ -46,7 +46,7 @@ def trainer(options: argparse.Namespace) -> Measured:
     rows = [json.loads(line) for line in options.rows.read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=torch.bfloat16, attn_implementation=options.attention
+        options.model, dtype=getattr(torch, options.dtype), attn_implementation=options.attention
     )
     accumulation, max_length = options.batch_size // options.micro_batch, max(len(row["input_ids"]) for row in rows)
     if options.mode == "packed":
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--pack-length", type=int, default=512, help="tokens of a packed sequence")
     parser.add_argument("--batch-size", type=int, default=16, help="rows per optimiser step")
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--autocast", action="store_true", help="bf16 autocast, instead of plain bf16 weights")
     parser.add_argument("--threads", type=int, help="default: torch's own")

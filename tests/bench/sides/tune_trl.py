@@ -51,7 +51,7 @@ def train(trial: tuned.Case, case: tuned.Case) -> None:
             optim="adamw_torch",
             weight_decay=0.0,
             max_grad_norm=1.0,
-            bf16=False,  # the weights are
+            bf16=False,  # the weights may be
             gradient_checkpointing=False,
             use_cpu=True,
             dataloader_pin_memory=False,
@@ -63,7 +63,7 @@ def train(trial: tuned.Case, case: tuned.Case) -> None:
             seed=0,
         )
         trainer = SFTTrainer(
-            model=AutoModelForCausalLM.from_pretrained(case["model"], dtype=torch.bfloat16),
+            model=AutoModelForCausalLM.from_pretrained(case["model"], dtype=getattr(torch, case["dtype"])),
             args=config,
             train_dataset=Dataset.from_list(rows),
             eval_dataset=Dataset.from_list(held_out),
