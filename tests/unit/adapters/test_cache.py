@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import time
 from collections import Counter
 
 import pytest
@@ -97,10 +98,10 @@ async def quiet(turns: int = 30) -> None:
 def running(test):
     """Run a test's coroutine with (cache, loads, engine), and close the cache."""
 
-    def run(slots=2, memory=1000, sizes=None, **limits):
+    def run(slots=2, memory=1000, sizes=None, clock=time.monotonic, **limits):
         async def main():
             loads, engine = Loads(sizes=sizes), Engine(slots)
-            cache = AdapterCache(loads, engine, CacheLimits(slots=slots, memory=memory, **limits))
+            cache = AdapterCache(loads, engine, CacheLimits(slots=slots, memory=memory, **limits), clock)
             try:
                 await test(cache, loads, engine)
             finally:
@@ -167,7 +168,7 @@ def test_a_cold_adapter_takes_nothing_from_a_warm_one():
         while loads.going:
             loads.end(next(iter(loads.going)))
             await quiet()
-            async with asyncio.timeout(0.5), cache.lease(name(1)), cache.lease(name(2)):
+            async with asyncio.timeout(10), cache.lease(name(1)), cache.lease(name(2)):
                 assert {name(1), name(2)} <= engine.present
         assert not any(lease.has.done() for lease in cold), "both slots are leased"
         assert cache.metrics.memory_bytes <= 1000
@@ -232,8 +233,11 @@ def test_the_load_comes_before_the_eviction_and_a_failed_one_evicts_nothing():
 
 
 def test_a_refusal_is_remembered_for_a_while_and_a_store_that_is_gone_for_less():
+    now = 0.0
+
     @running
     async def test(cache, loads, engine):
+        nonlocal now
         for error, seconds in (
             (AdapterError("bad", check="finite"), cache.limits.refusal),
             (StoreError("gone"), cache.limits.failure),
@@ -247,7 +251,7 @@ def test_a_refusal_is_remembered_for_a_while_and_a_store_that_is_gone_for_less()
                 lease = Lease(cache, 1)
                 await quiet()
             assert loads.asked[name(1)] == 1
-            await asyncio.sleep(seconds)
+            now += seconds
             loads.asked.clear()
         lease = Lease(cache, 1)
         await quiet()
@@ -256,7 +260,7 @@ def test_a_refusal_is_remembered_for_a_while_and_a_store_that_is_gone_for_less()
         assert cache.metrics.remembered_refusals == 6
         assert (cache.metrics.refused_loads, cache.metrics.failed_loads) == (1, 1)
 
-    test(refusal=0.2, failure=0.1)
+    test(clock=lambda: now)
 
 
 def test_a_defect_of_the_loader_is_a_typed_error():
@@ -280,7 +284,7 @@ def test_who_waits_too_long_is_told_why_and_the_load_goes_on():
         first = Lease(cache, 1)
         loads.end(name(1))
         await first.has
-        full = Lease(cache, 2, timeout=0.02)
+        full = Lease(cache, 2, timeout=0.5)
         await quiet()
         loads.end(name(2))
         with pytest.raises(AdapterCacheFull, match="in use"):
@@ -394,7 +398,7 @@ def test_memory_waits_for_room_and_holds_back_further_loads():
         assert cache.metrics.memory_bytes == 300
         assert sum(loads.asked.values()) == 7, "three in memory, four that have come and found no room"
         for lease in leases:
-            await asyncio.wait_for(lease.has, 1)
+            await asyncio.wait_for(lease.has, 10)
             await lease.end()
             await quiet()
             for digest in list(loads.going):
@@ -420,7 +424,7 @@ def test_a_request_that_lingers_in_the_engine_keeps_its_adapter():
         loads.end(name(3))
         await lease.has
         assert engine.present == {name(1), name(3)}
-        async with asyncio.timeout(1), cache.lease(name(1)):
+        async with asyncio.timeout(10), cache.lease(name(1)):
             pass
 
     test()

@@ -154,7 +154,7 @@ def test_errors_come_through_serve_after_what_was_said(directory: Path, error: E
 
 
 def test_items_may_come_after_serve_has_told_of_the_end(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(mail, "_LATE_SECONDS", 0.2)
+    monkeypatch.setattr(mail, "_LATE_SECONDS", 1.0)
 
     async def ask() -> None:
         late = Mail(Replica([]).remote(REQUEST, False))
