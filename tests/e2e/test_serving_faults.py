@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 import pytest
+import requests
 from sqlalchemy import update
 
 from cluster import connect_if_running, local
@@ -254,9 +255,9 @@ def test_without_the_store_warm_adapters_answer_and_cold_ones_say_so(endpoint: E
             endpoint.route("acme/cold-or-base", 0, adapters=arms[1], fallback=["base"])
             until(lambda: endpoint.ask("acme", "acme/cold-or-base").status_code == 200)
             for _ in range(5):
-                refused = endpoint.ask("acme", "acme/cold")
+                refused = let_in(lambda: endpoint.ask("acme", "acme/cold"))
                 assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unavailable")
-                instead = endpoint.ask("acme", "acme/cold-or-base")
+                instead = let_in(lambda: endpoint.ask("acme", "acme/cold-or-base"))
                 assert instead.status_code == 200
                 assert instead.headers["x-adaptory-fallback"] == "true"
                 assert instead.headers["x-adaptory-adapter"] == "none"
@@ -271,6 +272,15 @@ def test_without_the_store_warm_adapters_answer_and_cold_ones_say_so(endpoint: E
                 endpoint.ask("acme", f"acme/{name}").headers.get("x-adaptory-adapter") == digest
             )
         )
+
+
+def let_in(ask: Callable[[], requests.Response]) -> requests.Response:
+    """Beside clients that fill every place: ask again when there is none, as OpenAI's client does."""
+    answer = ask()
+    while answer.status_code == 429:
+        time.sleep(0.2)
+        answer = ask()
+    return answer
 
 
 def pickled(shelf: Path) -> None:
