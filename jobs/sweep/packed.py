@@ -197,6 +197,8 @@ class PackedGroup:
             for number, lane in enumerate(self._lanes)
         ]
         with self._timed(len({*models})) as (way, counted):  # not what this rank has to compute, which may be nothing
+            # each pass beside others takes as much as a whole trial does
+            self._network.lean = way.beside > 1
 
             def learn(parts: list[Part]) -> None:
                 for part, losses in zip(parts, run(self._network, parts, Tensor.backward), strict=True):

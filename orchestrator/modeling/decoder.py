@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from orchestrator.errors import ModelError
 from orchestrator.modeling.architecture import Architecture
 from orchestrator.modeling.attention import Attention, AttentionShape, Documents
 from orchestrator.modeling.kernels import gated_activation, linear_cross_entropy, rms_norm, rotate
-from orchestrator.modeling.lora import FusedLinear, LoraShape, Projection, Segment
+from orchestrator.modeling.lora import FusedLinear, LoraShape, MadeFrom, Projection, Segment
 
 
 class Norm(nn.Module):
@@ -79,14 +80,16 @@ class Layer(nn.Module):
         attention: Attention,
         segments: Sequence[Segment],
         kept: tuple[Tensor, Sequence[Segment]] | None = None,
+        lean: bool = False,
     ) -> Tensor:
         """[tokens, hidden_size] → the same, or [kept, hidden_size].
 
         Args:
             kept: for these positions alone, with their segments, is done what follows attention.
+            lean: as `Decoder.lean`.
         """
         a = self.architecture
-        qkv = self.qkv(self.attention_norm(x), segments)
+        qkv = _through(self.qkv, self.attention_norm, x, segments, lean)
         if self.q_norm is not None and self.k_norm is not None:
             heads = qkv.view(len(x), -1, a.head_dim)
             q, k, v = heads.split([a.num_heads, a.num_kv_heads, a.num_kv_heads], 1)
@@ -98,9 +101,20 @@ class Layer(nn.Module):
             x, context = x.index_select(0, keep), context.index_select(0, keep)
         attended = self.o(context, segments)
         x = x + (attended if self.attention_post_norm is None else self.attention_post_norm(attended))
-        hidden = gated_activation(self.gate_up(self.mlp_norm(x), segments), a.activation)
-        fed = self.down(hidden, segments)
+        gate_up = _through(self.gate_up, self.mlp_norm, x, segments, lean)
+        fed = _through(self.down, partial(gated_activation, activation=a.activation), gate_up, segments, lean)
         return x + (fed if self.mlp_post_norm is None else self.mlp_post_norm(fed))
+
+
+def _through(
+    linear: nn.Module, first: Callable[[Tensor], Tensor], x: Tensor, segments: Sequence[Segment], lean: bool
+) -> Tensor:
+    """linear(first(x)).
+
+    Args:
+        lean: keep x alone for the backward pass, which makes first(x) again.
+    """
+    return linear(first(x), segments, *([MadeFrom(x.detach(), first)] if lean else []))
 
 
 @dataclass
@@ -178,6 +192,8 @@ class Decoder(nn.Module):
         self.norm = norm("model.norm")
         self.head = Head(self.embedding.weight if a.tied else parameter("lm_head.weight"), a.logit_softcap)
         self.gradient_checkpointing = False
+        self.lean = False
+        """Compute the layers' norms and gates again in the backward pass, which are cheap: a quarter less for activations."""
 
     def forward(
         self,
@@ -203,7 +219,7 @@ class Decoder(nn.Module):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, attention, segments, wanted, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, attention, segments, wanted)
+                x = layer(x, cos, sin, attention, segments, wanted, self.lean and torch.is_grad_enabled())
         return self.norm(x)
 
     def loss(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -81,6 +81,14 @@ class _Update:
     """Output features of each adapted projection; rank rows of A and the same rows of B belong to each in turn."""
 
 
+@dataclass(frozen=True)
+class MadeFrom:
+    """What a linear's input was made from, for a backward pass that makes it again: nothing keeps the input until then."""
+
+    source: Tensor
+    make: Callable[[Tensor], Tensor]
+
+
 class _LoraMatmul(torch.autograd.Function):
     """y = x Wᵀ + b + s (x Aᵀ) Bᵀ without a cast or a copy, and without a gradient for a frozen W.
 
@@ -95,6 +103,7 @@ class _LoraMatmul(torch.autograd.Function):
         weight: Tensor | FrozenWeight,
         bias: Tensor | None,
         updates: tuple[_Update, ...],
+        made: MadeFrom | None,
         *ab: Tensor,
     ) -> Tensor:
         plain = weight if isinstance(weight, Tensor) else weight.unpack(x.dtype)
@@ -108,7 +117,8 @@ class _LoraMatmul(torch.autograd.Function):
                 out[:, start:stop].addmm_(low[:, n * rank : (n + 1) * rank], b[rows].t(), alpha=update.scale)
             kept += [low, mask]
         ctx.packed = None if isinstance(weight, Tensor) else weight
-        ctx.save_for_backward(x, None if ctx.packed else weight, *ab, *kept)
+        ctx.make = made.make if made else None
+        ctx.save_for_backward(made.source if made else x, None if ctx.packed else weight, *ab, *kept)
         ctx.updates = updates
         return y
 
@@ -116,6 +126,8 @@ class _LoraMatmul(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         updates, dy = ctx.updates, grads[0]
         x, weight, *rest = ctx.saved_tensors
+        if ctx.make:
+            x = ctx.make(x)
         ab, kept = rest[: 2 * len(updates)], rest[2 * len(updates) :]
         plain = weight if ctx.packed is None else ctx.packed.unpack(dy.dtype)
         dx = dy @ plain if ctx.needs_input_grad[0] else None
@@ -140,7 +152,7 @@ class _LoraMatmul(torch.autograd.Function):
                 dx[update.segment].addmm_(grad_low, a)
             else:
                 dx[update.segment].addcmul_(grad_low @ a, mask)
-        return dx, grad_weight, grad_bias, None, *grad_ab
+        return dx, grad_weight, grad_bias, None, None, *grad_ab
 
 
 def _dropped(x: Tensor, probability: float, seed: int | None) -> tuple[Tensor, Tensor | None]:
@@ -238,8 +250,12 @@ class FusedLinear(nn.Module):
         """A and B of a slot, stacked."""
         return getattr(self, f"lora_a_{name}"), getattr(self, f"lora_b_{name}")
 
-    def forward(self, x: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """[tokens, in] → [tokens, out]."""
+    def forward(self, x: Tensor, segments: Sequence[Segment], made: MadeFrom | None = None) -> Tensor:
+        """[tokens, in] → [tokens, out].
+
+        Args:
+            made: x, again; None: it is kept.
+        """
         updates: list[_Update] = []
         tensors: list[Tensor] = []
         for segment in segments:
@@ -248,4 +264,4 @@ class FusedLinear(nn.Module):
                 seed = None if segment.seed is None else segment.seed ^ self._salt
                 updates.append(slot.update(slice(segment.start, segment.stop), self.training, seed))
                 tensors += self.parameters_of(segment.slot)
-        return _LoraMatmul.apply(x, self.weight, self.bias, tuple(updates), *tensors)
+        return _LoraMatmul.apply(x, self.weight, self.bias, tuple(updates), made, *tensors)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from orchestrator.errors import ModelError
+from orchestrator.modeling import decoder
 from orchestrator.modeling.attention import Documents
 from orchestrator.modeling.decoder import adapter_parameters, adapter_tensors, add_adapter
 from orchestrator.modeling.loading import full_tensors, load_model, train_everything
@@ -33,12 +37,12 @@ def randomised(model, slot="a", seed=1, **shape):
     return model
 
 
-def loss_of(model, ids, lengths, slot="a"):
+def loss_of(model, ids, lengths, slot="a", seed=None):
     at = torch.arange(len(ids) - 1)
     ends = torch.tensor(lengths).cumsum(0) - 1
     at = at[~torch.isin(at, ends)].to(ids.device)
     weights = torch.full((len(at),), 1 / len(at), device=ids.device)
-    segments = [Segment(slot, 0, len(ids))]
+    segments = [Segment(slot, 0, len(ids), seed)]
     return model.loss(ids, Documents(lengths, ids.device), ids[at + 1], at, weights, segments)
 
 
@@ -134,6 +138,29 @@ def test_gradient_checkpointing_changes_nothing(tiny_model, device):
     loss_of(model, ids, LENGTHS)[0].backward()
     for name, parameter in adapter_parameters(model, "a").items():
         torch.testing.assert_close(parameter.grad, plain[name], atol=0, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2"])
+def test_a_lean_pass_keeps_less_and_changes_nothing(tiny_model, device, architecture, monkeypatch):
+    model = randomised(load_model(tiny_model(architecture), dtype=torch.float32, device=device), dropout=0.2)
+    ids, made = packed(device=device), []
+
+    def seen(*arguments: Any, **options: Any) -> torch.Tensor:
+        made.append(weakref.ref(result := unseen(*arguments, **options)))
+        return result
+
+    unseen = decoder.gated_activation
+    monkeypatch.setattr(decoder, "gated_activation", seen)
+    gradients = []
+    for model.lean in (False, True):
+        made.clear()
+        model.zero_grad()
+        loss = loss_of(model, ids, LENGTHS, seed=3)[0]
+        assert [reference() is None for reference in made] == [model.lean] * len(model.layers)
+        loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in adapter_parameters(model, "a").items()})
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradient, gradients[0][name], atol=0, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
