@@ -193,7 +193,7 @@ class Decoder(nn.Module):
         self.head = Head(self.embedding.weight if a.tied else parameter("lm_head.weight"), a.logit_softcap)
         self.gradient_checkpointing = False
         self.lean = False
-        """Compute the layers' norms and gates again in the backward pass, which are cheap: a quarter less for activations."""
+        """Compute the layers' norms and gates again in the backward pass: little work, and their results are not kept until then."""
 
     def forward(
         self,

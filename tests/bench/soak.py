@@ -23,7 +23,6 @@ import contextlib
 import json
 import os
 import random
-import secrets
 import shutil
 import socket
 import statistics
@@ -38,6 +37,9 @@ import psutil
 import requests
 from sides.running import BUILD, Conversation
 from sides.setting_up import base_model, new_adapter
+
+from orchestrator.commands.serving import metrics_key
+from orchestrator.settings import load_settings
 
 HOME = BUILD / "soak"
 TENANTS = ("acme", "globex", "initech", "umbrella")
@@ -206,11 +208,9 @@ def main() -> None:
     first, last = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {last})  # what is started from here on inherits it
     shutil.rmtree(HOME, ignore_errors=True)
-    key = HOME / "keys/metrics_key"
-    key.parent.mkdir(parents=True, mode=0o700)
-    key.write_text(secrets.token_urlsafe(32))
     model = options.model or base_model()
     os.environ |= {"ADAPTORY_HOME": str(HOME), "HF_HUB_OFFLINE": "1"}
+    key = Path(metrics_key(load_settings())).read_text().strip()
     keys, models, change = tenants(model, options.adapters)
     case = {
         "model": str(model),
@@ -223,9 +223,7 @@ def main() -> None:
     with Conversation("soak_served.py", case) as served:
         place = served.hear()
         clients = Clients(place["port"], keys, models, options.new_tokens)
-        asyncio.run(
-            soak(clients, options, Served(place["gateway"], place["engine"], place["port"], key.read_text()), change)
-        )
+        asyncio.run(soak(clients, options, Served(place["gateway"], place["engine"], place["port"], key), change))
 
 
 class Served:
@@ -323,7 +321,6 @@ def tenants(model: Path, cold: int) -> tuple[dict[str, str], dict[str, list[str]
     from orchestrator.registry.versions import Reference
     from orchestrator.routing.config import parse_config
     from orchestrator.routing.repository import save_route
-    from orchestrator.settings import load_settings
     from orchestrator.store import Store
     from orchestrator.tenants.keys import create_key
     from orchestrator.tenants.tenant import add_tenant

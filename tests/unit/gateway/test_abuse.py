@@ -236,7 +236,6 @@ WRONG: dict[str, tuple[type, Any]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_a_million_mistakes_cost_no_more_than_one(case: str):
     """Each is checked on the event loop, where all others wait for it. Complaining of each item took up to ten seconds."""
-
     kind, body = WRONG[case]
     with pytest.raises(InvalidRequest) as refused:
         parse(kind, body)

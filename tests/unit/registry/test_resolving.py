@@ -121,7 +121,7 @@ move_alias(db, version, "production", actor="other")
 """
 
 
-def test_an_alias_that_another_process_moves_changes_the_route_within_two_seconds(
+def test_an_alias_that_another_process_moves_changes_the_route(
     db: Database, database_url: str, publish: Callable[..., None]
 ):
     """About two seconds. Counted from before the other process moves it; and what is to be prefetched is told."""
