@@ -293,7 +293,8 @@ class InvalidRequest(EngineError):
 
 
 class EngineOverloaded(EngineError):
-    """As many requests wait already as may; asking again later can succeed. Context: `waiting`."""
+    """As many requests wait already as may; asking again later can succeed. Context: `waiting`; from a replica its `replica`, from all
+    of them `everywhere`."""
 
     code = "engine_overloaded"
 

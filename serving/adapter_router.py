@@ -26,15 +26,20 @@ def ranked(
     replicas: Sequence[str],
     residency: Mapping[str, Mapping[str, Collection[str]]],
     busy: Callable[[str], bool],
+    refused: Collection[str] = frozenset(),
 ) -> list[list[str]]:
     """Replicas in the order of preference; those of one group are equally good.
 
     A replica with a full batch comes after all others, so that an adapter which many ask for spreads instead of keeping
-    one replica busy and the others idle (ray#65691).
+    one replica busy and the others idle (ray#65691). One that has turned the request away comes last.
 
     Args:
         residency: of each replica the digests in its `engine` and its `memory`.
+        refused: those that have turned the request away.
     """
+    if refused:
+        willing = [r for r in replicas if r not in refused]
+        return [*ranked(adapter, willing, residency, busy), [r for r in replicas if r in refused]]
     if adapter is None:
         shuffled = random.sample(replicas, len(replicas))
         return [group for group in ([r for r in shuffled if not busy(r)], [r for r in shuffled if busy(r)]) if group]
@@ -74,12 +79,13 @@ class AdapterRouter(RequestRouter):
     ) -> list[list[RunningReplica]]:
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         residency = {name: _told(replica) for name, replica in by_name.items()}
+        adapter, refused = _asked(pending_request)
 
         def busy(name: str) -> bool:
             length = self.replica_queue_len_cache.get(by_name[name].replica_id)
             return length is not None and length >= self._full_batch
 
-        groups = ranked(_adapter_of(pending_request), list(by_name), residency, busy)
+        groups = ranked(adapter, list(by_name), residency, busy, refused)
         return [[by_name[name] for name in group] for group in groups]
 
 
@@ -87,7 +93,11 @@ def _told(replica: RunningReplica) -> dict[str, Any]:
     return replica.routing_stats or {}
 
 
-def _adapter_of(pending: PendingRequest | None) -> str | None:
+def _asked(pending: PendingRequest | None) -> tuple[str | None, frozenset[str]]:
+    """The adapter that is asked for, and the replicas that have turned the request away."""
     if pending is None:
-        return None
-    return next((a.adapter for a in pending.args if isinstance(a, GenerateRequest)), pending.kwargs.get("adapter"))
+        return None, frozenset()
+    for argument in pending.args:
+        if isinstance(argument, GenerateRequest):
+            return argument.adapter, argument.full
+    return pending.kwargs.get("adapter"), frozenset()

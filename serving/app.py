@@ -107,7 +107,7 @@ class GatewayReplica:
             bases=served,
             limiter=self._limiter(settings, db),
             usage=usage,
-            full=FullEngines(_lone(bases)),
+            full=FullEngines(),
             metrics_key=settings.metrics_key,
             replicas=lambda: REPLICAS,
             deployments={base.deployment: base.name for base in bases},
@@ -186,15 +186,11 @@ def _awake(bases: Collection[_Base]) -> Callable[[str], bool]:
     return lambda digest: digest not in sleeping or bool(REPLICAS.get(sleeping[digest]))
 
 
-def _lone(bases: Collection[_Base]) -> Callable[[str], bool]:
-    deployments = {base.digest: base.deployment for base in bases}
-    return lambda digest: len(REPLICAS.get(deployments.get(digest, ""), ())) == 1
-
-
 def _served(settings: Settings, base: _Base, handle: Any, postbox: Postbox | None) -> ServedBase:
     found = materialize(base.reference, cache=settings.cache, store=Store(settings.store))
     prompts = Prompts(load_tokenizer(found.path), base.max_length)
-    return ServedBase(base.name, base.digest, prompts, HandleEngine(handle, postbox=postbox))
+    engine = HandleEngine(handle, postbox=postbox, replicas=lambda: REPLICAS.get(base.deployment, ()))
+    return ServedBase(base.name, base.digest, prompts, engine)
 
 
 def _log_lines() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -34,11 +34,18 @@ class HandleEngine:
         handle: of a deployment of `EngineReplica`s.
         patience: seconds until the first event must be there.
         postbox: where replicas on this machine send their items.
+        replicas: names of those that are known now.
     """
 
-    def __init__(self, handle: Any, patience: float = 300.0, postbox: Postbox | None = None):
+    def __init__(
+        self,
+        handle: Any,
+        patience: float = 300.0,
+        postbox: Postbox | None = None,
+        replicas: Callable[[], Collection[str]] = frozenset,
+    ):
         self._answer = handle.options(stream=True, **_DIRECTLY).answer
-        self._patience, self._postbox = patience, postbox
+        self._patience, self._postbox, self._replicas = patience, postbox, replicas
 
     async def begin(self, request: GenerateRequest, *, stream: bool) -> Running:
         for tries_left in reversed(range(_TRIES)):
@@ -53,7 +60,7 @@ class HandleEngine:
                     f"No replica began to answer within {self._patience:g} s.", hint="Ask again."
                 ) from error
             except BackPressureError as error:
-                raise EngineOverloaded("All replicas are full.", hint="Ask again later.") from error
+                raise EngineOverloaded("All replicas are full.", hint="Ask again later.", everywhere=True) from error
             except (*_GONE, StopAsyncIteration) as error:
                 log.warning("%s: a replica is gone before it answered: %s", request.id, error)
                 if not tries_left:
@@ -65,12 +72,30 @@ class HandleEngine:
             if isinstance(first, EngineStopped) and tries_left:
                 log.warning("%s: a replica has stopped: %s", request.id, first)
                 continue
+            if isinstance(first, EngineOverloaded):
+                request = self._elsewhere(request, first, tries_left)
+                continue
             if isinstance(first, AdaptoryError):
                 raise first
             assert isinstance(first, Begun)
             answer = _Answer(first.event, items)
             return Running(first.replica, answer.events(), answer.close)
         raise AssertionError("unreachable")
+
+    def _elsewhere(self, request: GenerateRequest, refused: EngineOverloaded, tries_left: int) -> GenerateRequest:
+        """The request for another replica: what this process knows of their queues is a moment old, and one may have room.
+
+        Raises:
+            EngineOverloaded: there is none, or enough were asked.
+        """
+        replica = refused.context["replica"]
+        full = request.full | {replica}
+        others = set(self._replicas()) - full
+        if not others:
+            refused.context["everywhere"] = True
+        if not (tries_left and others) or replica in request.full:
+            raise refused
+        return replace(request, full=full)
 
     def _ask(self, request: GenerateRequest, stream: bool) -> Any:
         if self._postbox is None or not stream:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from orchestrator.errors import AdaptoryError, EngineStopped, ModelError
+from orchestrator.errors import AdaptoryError, EngineOverloaded, EngineStopped, ModelError
 from orchestrator.modeling.base_model import BaseModel, materialize
 from orchestrator.modeling.dtypes import DTYPES, chosen_dtype
 from orchestrator.registry.signing import Trust
@@ -125,6 +125,8 @@ class EngineReplica:
                         yield event if begun else Begun(self.name, event)
                         begun = True
         except AdaptoryError as error:
+            if isinstance(error, EngineOverloaded):
+                error.context["replica"] = self.name
             yield error
 
     @contextlib.asynccontextmanager

@@ -171,7 +171,7 @@ class Answering:
                 log.warning(json.dumps(facts | {"unavailable": error.message}))
                 continue
             except errors.EngineOverloaded as error:
-                self._gateway.full.tell(request.tenant, requests[0][0], error)
+                self._gateway.full.tell(request.tenant, choice, error)
                 raise
             account.answering, account.replica = choice, running.replica
             account.tokens_in = len(request.prompt_ids)

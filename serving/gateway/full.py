@@ -24,17 +24,14 @@ class FullEngines:
     """Repeats an engine's answer for a moment to whoever asks again for the same: a flood costs its tokens, its reservations and
     a call of the engine's process once for each moment, and not once for each request.
 
-    Of each tenant by itself: one that has fewer requests than others may be let in where those are turned away. And, where a
-    base has several replicas, of each adapter by itself: another one may have another replica.
-
-    Args:
-        lone: whether a base, by its digest, has one replica.
+    Of each tenant by itself: one that has fewer requests than others may be let in where those are turned away. And, unless all
+    replicas have refused, of each adapter by itself: another one may go to another replica.
     """
 
-    def __init__(self, lone: Callable[[str], bool] = lambda base: False, clock: Callable[[], float] = time.monotonic):
-        self._lone, self._clock = lone, clock
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
         self._seconds: dict[str, float] = {}  # that an answer takes, by base
-        self._told: dict[tuple[str, str, str | None], tuple[float, EngineOverloaded]] = {}
+        self._told: dict[_Key, tuple[float, EngineOverloaded]] = {}
 
     def ended(self, base: str, seconds: float) -> None:
         """An answer over this base has taken so long: a running mean of them decides how long a moment is."""
@@ -45,18 +42,25 @@ class FullEngines:
         Raises:
             EngineOverloaded: as a moment ago.
         """
-        until, error = self._told.get(self._key(tenant, choice), (0.0, None))
-        if error is not None and self._clock() < until:
-            raise copy.copy(error)
+        for everywhere in (True, False):
+            until, error = self._told.get(_key(tenant, choice, everywhere), (0.0, None))
+            if error is not None and self._clock() < until:
+                raise copy.copy(error)
 
     def tell(self, tenant: str, choice: Choice, error: EngineOverloaded) -> None:
-        """The engine has turned it away."""
+        """A replica has turned it away, or all of them."""
         now = self._clock()
         if len(self._told) >= _KEPT:
             self._told = {key: told for key, told in self._told.items() if told[0] > now}
         moment = min(MOST_SECONDS, SHARE * self._seconds.get(choice.base_digest, 0.0))
         # a copy has no traceback, whose frames hold the request
-        self._told[self._key(tenant, choice)] = now + moment, copy.copy(error)
+        key = _key(tenant, choice, error.context.get("everywhere", False))
+        self._told[key] = now + moment, copy.copy(error)
 
-    def _key(self, tenant: str, choice: Choice) -> tuple[str, str, str | None]:
-        return tenant, choice.base_digest, None if self._lone(choice.base_digest) else choice.adapter
+
+_Key = tuple[str, str] | tuple[str, str, str | None]
+"""Tenant and base; unless of all replicas, the adapter too."""
+
+
+def _key(tenant: str, choice: Choice, everywhere: bool) -> _Key:
+    return (tenant, choice.base_digest) if everywhere else (tenant, choice.base_digest, choice.adapter)

@@ -14,10 +14,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,27 @@ def idle(endpoint: Endpoint) -> None:
     until(lambda: [each for each in telling if each not in endpoint.metrics()] == [])
     until(lambda: endpoint.gauge("adaptory_in_flight") == 0.0)
     until(lambda: endpoint.gauge("adaptory_engine_running") + endpoint.gauge("adaptory_engine_waiting") == 0.0)
+
+
+# --- what is full ---------------------------------------------------------------------------------------------------
+
+
+def test_nobody_is_turned_away_while_the_other_replica_has_room(endpoint: Endpoint, answers: Any):
+    """As many at once as both together take, for one adapter: what the router knows of their queues is a moment old."""
+    most = 2 * (SEQUENCES + 1)
+    for _ in range(4):
+        idle(endpoint)
+        together = threading.Barrier(most)
+
+        def ask(seed: int, together: threading.Barrier = together, tenant: str = TENANTS[0]) -> tuple[int, str | None]:
+            together.wait()
+            answer = endpoint.ask(tenant, temperature=1.0, seed=seed, max_tokens=TOKENS)
+            return answer.status_code, answer.headers.get("x-adaptory-replica")
+
+        with ThreadPoolExecutor(most) as people:
+            told = list(people.map(ask, range(most)))
+        assert Counter(status for status, _ in told) == {200: most}
+        assert {replica for _, replica in told} == set(replicas(endpoint, "engine"))
 
 
 # --- what is killed -------------------------------------------------------------------------------------------------

@@ -50,15 +50,22 @@ def test_nobody_elses_and_no_other_adapters():
     assert not full(engines, "acme", choice(base="other"))
 
 
-def test_of_a_lone_replica_no_other_adapters_either():
-    alone = {"b"}
-    engines = FullEngines(alone.__contains__, Clock())
+def test_where_all_replicas_have_refused_no_other_adapters_either():
+    engines = FullEngines(clock=Clock())
     engines.ended("b", 8.0)
-    engines.tell("acme", choice(), EngineOverloaded("full"))
-    assert full(engines, "acme", choice("other"))
-    assert not full(engines, "globex", choice("other"))
-    alone.clear()  # another one has come, and may have room
-    assert not full(engines, "acme", choice("other"))
+    engines.tell("acme", choice(), EngineOverloaded("full", everywhere=True))
+    for adapter in ("a", "other", None):
+        assert full(engines, "acme", choice(adapter))
+        assert not full(engines, "globex", choice(adapter))
+        assert not full(engines, "acme", choice(adapter, base="other"))
+
+
+def test_the_base_alone_refused_by_one_replica_says_nothing_of_adapters():
+    engines = FullEngines(clock=Clock())
+    engines.ended("b", 8.0)
+    engines.tell("acme", choice(None), EngineOverloaded("full"))
+    assert full(engines, "acme", choice(None))
+    assert not full(engines, "acme", choice("a"))
 
 
 def test_before_anything_was_answered_the_engine_is_asked():

@@ -66,6 +66,15 @@ def test_the_base_alone_may_be_asked_anywhere_but_on_full_replicas():
     assert [sorted(group) for group in groups] == [["replica-0", "replica-1", "replica-2", "replica-4"], ["replica-3"]]
 
 
+def test_one_that_has_turned_the_request_away_comes_last():
+    told = {"replica-3": {"engine": ["a"], "memory": ["a"]}}
+    for adapter in ("a", None):
+        groups = ranked(adapter, REPLICAS, told, lambda replica: replica == "replica-1", {"replica-3", "replica-4"})
+        assert set(groups[-1]) == {"replica-3", "replica-4"}
+        assert groups[-2] == ["replica-1"]
+        assert sorted(r for group in groups for r in group) == REPLICAS
+
+
 LOADS = """
 import sys
 from types import SimpleNamespace

@@ -130,8 +130,37 @@ def test_errors_of_the_engine_come_as_they_are_and_are_not_tried_again():
 
 
 def test_full_replicas():
-    with pytest.raises(EngineOverloaded):
+    with pytest.raises(EngineOverloaded) as caught:
         collect(Handle([[BackPressureError(num_queued_requests=9, max_queued_requests=9)]]))
+    assert caught.value.context["everywhere"]
+
+
+def full(replica: str) -> list[Any]:
+    return [EngineOverloaded("full", replica=replica)]
+
+
+def test_where_one_is_full_another_is_asked():
+    handle = Handle([full("r1"), full("r2"), [Begun("r3", FIRST), LAST]])
+    assert collect(handle, replicas=lambda: ("r1", "r2", "r3", "r4")) == ("r3", [FIRST, LAST])
+    assert [request.full for request in handle.asked] == [set(), {"r1"}, {"r1", "r2"}]
+
+
+@pytest.mark.parametrize(
+    ("replicas", "answers", "calls", "everywhere"),
+    [
+        ("r1", ["r1"], 1, True),
+        ("r1 r2", ["r2", "r1"], 2, True),
+        ("r1 r2 r3 r4", ["r1", "r2", "r3"], 3, False),  # not all of many
+        ("r1 r2", ["r1", "r1"], 2, False),  # the other one could not be reached
+        ("r2", ["r1", "r2"], 2, True),  # one that this process does not know of yet
+    ],
+)
+def test_where_all_are_full(replicas: str, answers: list[str], calls: int, everywhere: bool):
+    handle = Handle([full(replica) for replica in answers])
+    with pytest.raises(EngineOverloaded) as caught:
+        collect(handle, replicas=replicas.split)
+    assert len(handle.calls) == calls
+    assert caught.value.context.get("everywhere", False) == everywhere
 
 
 def test_a_replica_that_never_begins_is_given_up():

@@ -66,7 +66,9 @@ def test_a_full_engine_turns_away_before_an_adapter_is_fetched(full: tuple[Engin
         while engine.engine.stats().waiting < 1:
             await asyncio.sleep(0.001)
         for adapter in (None, COLD.replace("c", "d")):
-            assert isinstance(await first(engine, asks(adapter=adapter)), EngineOverloaded)
+            refused = await first(engine, asks(adapter=adapter))
+            assert isinstance(refused, EngineOverloaded)
+            assert refused.context["replica"] == engine.name
         assert loads.asked == [COLD]
         for items in running:
             await items.aclose()
