@@ -43,7 +43,7 @@ class Lane:
         parameters = adapter_parameters(network, slot)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        self.engine = SingleEngine(parameters, self.course.spec.train)
+        self.engine = SingleEngine(parameters, self.course.spec.train, steady=True)
         if held.state is not None:
             self.engine.load(held.state, self.progress.step)
 

@@ -46,21 +46,31 @@ class _Moments(NamedTuple):
     """A number, in fp32 and where the weight is: the fused kernel counts it up."""
 
 
+def _fresh(master: Tensor) -> _Moments:
+    return _Moments(torch.zeros_like(master), torch.zeros_like(master), torch.zeros((), device=master.device))
+
+
 class SingleEngine:
     """AdamW on one worker, by torch's function: `torch.optim.AdamW` imports torch's compiler, which takes seconds and is of no use here.
 
     Args:
         parameters: the trained Parameters by name.
+        steady: have memory for gradients and moments from the beginning to the end. Made when they are needed, each lies among the
+            activations of that moment, and leaves holes between them that fit nothing: of many engines, that adds up.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], train: TrainSpec):
-        self._parameters = parameters
+    def __init__(self, parameters: dict[str, nn.Parameter], train: TrainSpec, steady: bool = False):
+        self._parameters, self._steady = parameters, steady
         self._masters = {
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in parameters.items()
         }
         self._moments: dict[str, _Moments] = {}
         """Of each weight that has had a gradient."""
         self._train = train
+        if steady:
+            for name, master in self._masters.items():
+                master.grad = torch.zeros_like(master)
+                self._moments[name] = _fresh(master)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -98,7 +108,10 @@ class SingleEngine:
             self._move(learning_rate)
             self._copy_back()
         for master in self._masters.values():
-            master.grad = None
+            if self._steady and master.grad is not None:
+                master.grad.zero_()
+            else:
+                master.grad = None
         return norm.item()
 
     @torch.no_grad()
@@ -106,8 +119,7 @@ class SingleEngine:
         moved = [(name, master, master.grad) for name, master in self._masters.items() if master.grad is not None]
         for name, master, _ in moved:
             if name not in self._moments:
-                step = torch.zeros((), device=master.device)
-                self._moments[name] = _Moments(torch.zeros_like(master), torch.zeros_like(master), step)
+                self._moments[name] = _fresh(master)
         kept = [self._moments[name] for name, *_ in moved]
         adamw(
             [master for _, master, _ in moved],

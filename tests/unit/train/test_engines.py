@@ -105,6 +105,27 @@ def test_loading_a_state_goes_on_to_the_last_bit(dtype: torch.dtype, done: int) 
     assert all(torch.equal(undisturbed[name], resumed[name]) for name in resumed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_steady_one_keeps_its_memory_and_gives_the_same_bits(dtype: torch.dtype) -> None:
+    held, steady = parameters(dtype), parameters(dtype)
+    engine, other = SingleEngine(held, TRAIN), SingleEngine(steady, TRAIN, steady=True)
+    places = [gradient.data_ptr() for gradient in other.gradients()]
+    moments = [moment.exp_avg.data_ptr() for moment in other._moments.values()]
+    norms = []
+    for step in range(4):
+        for start in (0, 6):
+            for one, its in ((engine, held), (other, steady)):
+                one.backward(loss(its, step, slice(start, start + 6)) * (float("nan") if step == 1 else 1))
+        assert [gradient.data_ptr() for gradient in other.gradients()] == places
+        norms.append((engine.step(1e-2), other.step(1e-2)))
+    assert [moment.exp_avg.data_ptr() for moment in other._moments.values()] == moments
+    assert [a for a, _ in norms] == pytest.approx([b for _, b in norms], abs=0, nan_ok=True)
+    one, two = engine.state(), other.state()
+    assert one is not None
+    assert two is not None
+    assert same(one, two)
+
+
 def test_a_state_is_a_copy() -> None:
     held = parameters()
     engine = SingleEngine(held, TRAIN)
