@@ -220,6 +220,35 @@ def test_optuna_goes_by_answers_and_a_killed_group_loses_none(by_answers: Any, s
     assert sweep.winner.metrics["exact_match"] == max(matched) > 0
 
 
+@pytest.mark.parametrize("how", ["killed", "paused"])
+def test_answers_that_were_measured_count_when_the_sweep_goes_on(by_answers: Any, start: Any, how: str) -> None:
+    """The driver is killed, or the sweep paused, when one trial has been measured and the other still trains."""
+    space = {"search": {"epochs": {"grid": [20, 120]}}, "searcher": "grid", "scheduler": "none", "metric": "entity_f1"}
+    job = by_answers(space)
+    running = start(job)
+    (known,) = running.until(lambda: [e.data for e in running.events("trial") if e.data["state"] == "finished"])
+    if how == "killed":
+        time.sleep(6)  # Tune keeps its state every five seconds
+        assert running.process.poll() is None, running.printed
+        running.process.kill()
+        running.process.wait()
+    else:
+        job.store.write_json(control_path(job.resolved.run, 1), {"action": "pause"})
+        assert running.end().state is RunState.PAUSED
+    second = start(job, attempt=2)
+    result = second.end()
+    sweep = trials(result)
+    by_epochs = {one.config["train.epochs"]: one for one in sweep.trials}
+    assert [one.state for one in sweep.trials] == [TrialState.FINISHED] * 2
+    assert by_epochs[20].name == known["trial"]
+    assert by_epochs[20].metrics["entity_f1"] == known["metrics"]["entity_f1"] == 0.0
+    assert sweep.winner is by_epochs[120]
+    assert result.evaluation is not None
+    assert result.evaluation.after["entity_f1"] == by_epochs[120].metrics["entity_f1"] > 0
+    trained = [e.data for e in second.events("trial") if e.id.startswith("a2-") and e.data["state"] == "running"]
+    assert {data["trial"] for data in trained} == {by_epochs[120].name}
+
+
 def test_no_row_to_choose_by_is_said_before_anything_is_trained(make_job: Any, start: Any, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "words"}\n' * 4, encoding="utf-8")
