@@ -1,16 +1,18 @@
 """Half an hour of ten times what the engine can do: memory stays flat, what is let in is answered as in a full batch, the rest is 429.
 
-First as many clients as the batch has places, for the latencies of a full batch; the same beside strangers, who keep all but the
-engine busy; then ten times as many clients, who ask again at once when they are turned away: streaming and whole, of four tenants,
-for two adapters that are always there and for sixty that are not (the engine holds eight). Beside them clients that leave in the middle of an answer, that never read it, that send half a
-body, and routes that change every few seconds. It is the real application on Ray Serve (proxy, gateway, engine's replica), the engine with
-one thread on the first core, all else (clients, proxy, gateway, loader, Ray) on the last.
+First as many clients as the batch has places, for the latencies of a full batch (a place is empty for a moment whenever an
+answer ends); the same beside strangers, who keep all but the engine busy; as many as are let in at all, some of whom wait: no
+place is ever empty, and nobody is turned away; then ten times as many clients, who ask again at once when they are turned away:
+streaming and whole, of four tenants, for two adapters that are always there and for sixty that are not (the engine holds
+eight). Beside them clients that leave in the middle of an answer, that never read it, that send half a body, and routes that
+change every few seconds. It is the real application on Ray Serve (proxy, gateway, engine's replica), the engine with one thread
+on the first core, all else (clients, proxy, gateway, loader, Ray) on the last.
 
 Compared are requests of the same kind (warm adapters, clients that stay) in all phases. The last line is `soak p95_ratio=…
-beside_ratio=… memory_growth=… answered=… shed=… unavailable=… failed=…`: `beside_ratio` is overload over a full batch
-beside strangers: what is left when the machine has as much to do; `memory_growth` is that of the resident memory from the first quarter of the
-overload to its last, gateway, engine and loader together; `failed` counts answers that are neither 200, 429 nor 503, and streams
-that broke off.
+beside_ratio=… brim_ratio=… memory_growth=… answered=… shed=… unavailable=… failed=…`: `beside_ratio` is overload over a full
+batch beside strangers: what is left when the machine has as much to do; `brim_ratio` is overload over as many as are let in;
+`memory_growth` is that of the resident memory from the first quarter of the overload to its last, gateway, engine and loader
+together; `failed` counts answers that are neither 200, 429 nor 503, and streams that broke off.
 
 Needs two cores and 2 GB of memory (with SmolLM2-135M).
 """
@@ -40,6 +42,7 @@ from sides.setting_up import base_model, new_adapter
 
 from orchestrator.commands.serving import metrics_key
 from orchestrator.settings import load_settings
+from serving.replica import PLACES_A_WAITER
 
 HOME = BUILD / "soak"
 TENANTS = ("acme", "globex", "initech", "umbrella")
@@ -257,6 +260,8 @@ async def soak(clients: Clients, options: argparse.Namespace, server: Served, ch
     full, _ = await phase("full batch", clients, server, options.places, max(options.minutes * 6, 60), [])
     beside = [clients.strangers() for _ in range(options.places * (options.times - 1))]
     busy, _ = await phase("beside strangers", clients, server, options.places, max(options.minutes * 6, 60), beside)
+    let_in = options.places + max(1, options.places // PLACES_A_WAITER)
+    brim, _ = await phase("to the brim", clients, server, let_in, max(options.minutes * 6, 60), [])
     odd = [
         clients.often(clients.leaving, 0.5),
         clients.often(clients.never_reading, 5),
@@ -267,17 +272,17 @@ async def soak(clients: Clients, options: argparse.Namespace, server: Served, ch
     over, memory = await phase("overload", clients, server, options.places * options.times, options.minutes * 60, odd)
     quarter = max(len(memory) // 4, 1)
     growth = statistics.median(memory[-quarter:]) / statistics.median(memory[:quarter]) - 1
-    for name, seen in (("full batch", full), ("beside strangers", busy), ("overload", over)):
+    for name, seen in (("full batch", full), ("beside strangers", busy), ("to the brim", brim), ("overload", over)):
         print(f"{name}: answer p50 {part(seen.latencies, 0.5):.2f} s, p95 {part(seen.latencies, 0.95):.2f} s; "
               f"first token p50 {part(seen.first, 0.5):.2f} s, p95 {part(seen.first, 0.95):.2f} s; {dict(seen.results)}")  # fmt: skip
     known = ("answered", "shed", "unavailable")
     counts = " ".join(f"{name}={over.results[name]}" for name in known)
     failed = sum(count for name, count in over.results.items() if name not in known)
-    ratio = part(over.latencies, 0.95) / part(full.latencies, 0.95)
-    beside_ratio = part(over.latencies, 0.95) / part(busy.latencies, 0.95)
-    print(
-        f"soak p95_ratio={ratio:.2f} beside_ratio={beside_ratio:.2f} memory_growth={growth:.1%} {counts} failed={failed}"
+    ratio, beside_ratio, brim_ratio = (
+        part(over.latencies, 0.95) / part(seen.latencies, 0.95) for seen in (full, busy, brim)
     )
+    print(f"soak p95_ratio={ratio:.2f} beside_ratio={beside_ratio:.2f} brim_ratio={brim_ratio:.2f} "
+          f"memory_growth={growth:.1%} {counts} failed={failed}")  # fmt: skip
 
 
 async def phase(

@@ -71,17 +71,17 @@ def main() -> None:
     loop_case, _ = placed(case, "ours_train.py", sys.executable, [{}])
     stopped = measure(sys.executable, "tune_ours.py", {"case": loop_case, "early": True}, patience=3600)
     say_tune("our loop", stopped)
+    modes = [{"mode": "packed", "micro-batch": 1, "pack-length": length} for length in PACK_LENGTHS]
+    trl_case, mode = placed(case, "trl_train.py", trl_python, modes)
+    rewritten(trl_case, pack_length=mode["pack-length"])
+    trl = measure(trl_python, "tune_trl.py", {"case": trl_case}, patience=3600)
+    say_tune("TRL, three trials", trl)
     alone: Result | None = None
     if not options.brief:
         alone = measure(sys.executable, "tune_ours.py", {"case": loop_case}, patience=3600)
         say_tune("our loop, nobody stopped", alone)
         plain = {"train.schedule": "linear", "sweep.scheduler": "none"}
         ours |= {"packing": sweep(spec, "packing", plain), "early": sweep(spec, "early", {"train.schedule": "linear"})}
-    modes = [{"mode": "packed", "micro-batch": 1, "pack-length": length} for length in PACK_LENGTHS]
-    trl_case, mode = placed(case, "trl_train.py", trl_python, modes)
-    rewritten(trl_case, pack_length=mode["pack-length"])
-    trl = measure(trl_python, "tune_trl.py", {"case": trl_case}, patience=3600)
-    say_tune("TRL, three trials", trl)
     report(ours, alone, stopped, trl, json.loads(trl_case.read_text()), memory)
 
 
