@@ -40,6 +40,10 @@ PLACES_A_WAITER = 8
 longer than in a full batch. The others are told to come again, rather than promised what would take ever longer."""
 
 
+STEP_SECONDS = 0.5
+"""That one's long prompt may hold up everybody's next token."""
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """How one base model is served."""
@@ -277,4 +281,5 @@ def engine_limits(options: EngineOptions, network: ServedNetwork) -> Limits:
         max_length=options.max_length,
         max_adapters=options.max_adapters,
         max_waiting=max(1, options.max_sequences // PLACES_A_WAITER),
+        step_seconds=STEP_SECONDS,
     )

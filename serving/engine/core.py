@@ -125,8 +125,11 @@ class EngineCore:
             log.exception("the engine's step failed")
             return self._fail_all(error)
         deliveries = [self._deliver(self._answers[s], token) for s, token in zip(chosen, tokens, strict=True)]
+        seconds = time.perf_counter() - start
+        if chosen:  # else a GPU may not be done
+            self._scheduler.pace.took(len(batch.ids), seconds)
         self._steps += 1
-        self._step_seconds += time.perf_counter() - start
+        self._step_seconds += seconds
         return deliveries
 
     # requests

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from serving.engine.blocks import BlockPool, block_name, root_name
 from serving.engine.fairness import ANSWER_TOKEN, FairQueue
+from serving.engine.pace import PromptPace
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,10 @@ class Limits:
     max_sequences: int = 64
     """Answered at the same time."""
     batch_tokens: int = 512
-    """Computed in one step at most: a long prompt delays others' next token by no more than this. Yet every answer that has
-    begun gets its token in every step."""
+    """Computed in one step at most. Yet every answer that has begun gets its token in every step."""
+    step_seconds: float | None = None
+    """That a step may take in which answers go on: a long prompt delays others' next token by no more than this. None: however long
+    `batch_tokens` take."""
     max_length: int = 8192
     """Tokens of prompt and answer together."""
     max_waiting: int = 1024
@@ -105,6 +108,7 @@ class Scheduler:
         self.pool = BlockPool(limits.blocks, limits.block_size, limits.share_prefixes)
         self.waiting = FairQueue(clock)
         self.running: list[Sequence] = []
+        self.pace = PromptPace(limits.step_seconds)
         self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -143,6 +147,8 @@ class Scheduler:
             if self._make_room(sequence, 1, answering, reading):
                 work.append(self._charged(sequence, 1))
         budget -= len(work)
+        if (bearable := self.pace.tokens(len(work))) is not None:
+            budget = min(budget, bearable)
         while budget and (reader := self._reader(reading, admitting=self.preemptions == preemptions)):
             count = min(reader.missing, budget)
             if self._make_room(reader, count, answering, reading):

@@ -97,6 +97,13 @@ def test_a_prompt_in_chunks_is_the_prompt_at_once(architecture, make_engine, pro
     assert chunked.stats().steps > 12 + sum(len(p) for p in prompts) // 16
 
 
+def test_a_prompt_that_is_read_by_the_clock_is_the_prompt_at_once(make_engine, prompts, greedy, run):
+    requests = [greedy(p) for p in (*prompts, tuple(5 + n % 100 for n in range(400)))]
+    whole = run(make_engine(batch_tokens=512), requests)
+    paced = make_engine(batch_tokens=512, step_seconds=1e-9)
+    assert [d.tokens for d in run(paced, requests)] == [d.tokens for d in whole]
+
+
 def test_answers_go_on_while_a_long_prompt_is_read(make_engine, greedy):
     core = make_engine(batch_tokens=16)
     core.add(greedy([5, 6, 7], new=20))
