@@ -99,5 +99,5 @@ def _asked(pending: PendingRequest | None) -> tuple[str | None, frozenset[str]]:
         return None, frozenset()
     for argument in pending.args:
         if isinstance(argument, GenerateRequest):
-            return argument.adapter, argument.full
+            return argument.adapter, argument.refused_by
     return pending.kwargs.get("adapter"), frozenset()

@@ -88,14 +88,14 @@ class HandleEngine:
         Raises:
             EngineOverloaded: there is none, or enough were asked.
         """
-        replica = refused.context["replica"]
-        full = request.full | {replica}
-        others = set(self._replicas()) - full
+        replica = refused.context.get("replica", "")  # one of an older version, in the middle of a deploy, does not say
+        refused_by = request.refused_by | {replica}
+        others = set(self._replicas()) - refused_by
         if not others:
             refused.context["everywhere"] = True
-        if not (tries_left and others) or replica in request.full:
+        if not (tries_left and others) or replica in request.refused_by:
             raise refused
-        return replace(request, full=full)
+        return replace(request, refused_by=refused_by)
 
     def _ask(self, request: GenerateRequest, stream: bool) -> Any:
         if self._postbox is None or not stream:

@@ -65,7 +65,7 @@ class SingleEngine:
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in parameters.items()
         }
         self._moments: dict[str, _Moments] = {}
-        """Of each weight that has had a gradient."""
+        """Of each weight that has had a gradient; where it is steady, of all."""
         self._train = train
         if steady:
             for name, master in self._masters.items():

@@ -89,7 +89,7 @@ class GenerateRequest:
     """Who asks: tenants share an engine by tokens."""
     fetched: bool = False
     """Its adapter was loaded for it, which is not to be for nothing: it gives way to none of its tenant's, and the youngest of them to it."""
-    full: frozenset[str] = frozenset()
+    refused_by: frozenset[str] = frozenset()
     """Replicas that have just turned it away."""
 
 

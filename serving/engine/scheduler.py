@@ -36,7 +36,7 @@ class Limits:
     batch_tokens: int = 512
     """Computed in one step at most. Yet every answer that has begun gets its token in every step."""
     step_seconds: float | None = None
-    """That a step may take in which answers go on: a long prompt delays others' next token by no more than this. None: however long
+    """That a step may take in which answers go on: a long prompt delays others' next token by about this. None: however long
     `batch_tokens` take."""
     max_length: int = 8192
     """Tokens of prompt and answer together."""

@@ -135,14 +135,14 @@ def test_full_replicas():
     assert caught.value.context["everywhere"]
 
 
-def full(replica: str) -> list[Any]:
-    return [EngineOverloaded("full", replica=replica)]
+def full(replica: str | None) -> list[Any]:
+    return [EngineOverloaded("full", **({} if replica is None else {"replica": replica}))]
 
 
 def test_where_one_is_full_another_is_asked():
     handle = Handle([full("r1"), full("r2"), [Begun("r3", FIRST), LAST]])
     assert collect(handle, replicas=lambda: ("r1", "r2", "r3", "r4")) == ("r3", [FIRST, LAST])
-    assert [request.full for request in handle.asked] == [set(), {"r1"}, {"r1", "r2"}]
+    assert [request.refused_by for request in handle.asked] == [set(), {"r1"}, {"r1", "r2"}]
 
 
 @pytest.mark.parametrize(
@@ -153,9 +153,10 @@ def test_where_one_is_full_another_is_asked():
         ("r1 r2 r3 r4", ["r1", "r2", "r3"], 3, False),  # not all of many
         ("r1 r2", ["r1", "r1"], 2, False),  # the other one could not be reached
         ("r2", ["r1", "r2"], 2, True),  # one that this process does not know of yet
+        ("r1 r2", [None, None], 2, False),  # of an older version, in the middle of a deploy
     ],
 )
-def test_where_all_are_full(replicas: str, answers: list[str], calls: int, everywhere: bool):
+def test_where_all_are_full(replicas: str, answers: list[str | None], calls: int, everywhere: bool):
     handle = Handle([full(replica) for replica in answers])
     with pytest.raises(EngineOverloaded) as caught:
         collect(handle, replicas=replicas.split)
