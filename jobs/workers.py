@@ -22,6 +22,7 @@ from orchestrator.store import Store, result_path, spec_path, train_storage_path
 
 if TYPE_CHECKING:
     from cluster.resources import WorkerShape
+    from jobs.train.group import EndOnLastingErrors
     from jobs.train.session import Session
     from jobs.train.setup import Place
 
@@ -55,6 +56,7 @@ class Workers:
         work: on each worker, in a process that Ray Train starts; gets a dict for `entered`.
         spared: CPUs of each worker that are not reserved, for what runs beside them; it may use them all.
         part: of the attempt, where it has several groups: begins the names by which they log.
+        ends: Ray Train's callback that ends the group by what it raises; by default `resources.max_failures` does, besides errors that last.
     """
 
     attempt: Attempt
@@ -63,6 +65,7 @@ class Workers:
     work: Callable[[dict[str, Any]], Any]
     spared: float = 0.0
     part: str = ""
+    ends: EndOnLastingErrors | None = None
 
     def run(self, **more: Any) -> RunResult:
         """To their end; rank 0 writes the result into the store, or hands it here if that has no room for it.
@@ -98,8 +101,8 @@ class Workers:
                 name="-".join(filter(None, [f"a{self.attempt.number}", self.part])),
                 storage_path=storage,
                 storage_filesystem=filesystem,
-                failure_config=ray.train.FailureConfig(max_failures=most),
-                callbacks=[EndOnLastingErrors()],  # type: ignore[list-item]  # it names Tune's class, and takes its own
+                failure_config=ray.train.FailureConfig(max_failures=-1 if self.ends else most),
+                callbacks=[self.ends or EndOnLastingErrors()],  # type: ignore[list-item]  # it names Tune's class, and takes its own
             ),
         )
         try:

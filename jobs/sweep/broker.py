@@ -2,8 +2,8 @@
 
 Train's workers cannot be called, and a trial that Tune kills runs no clean-up. So both sides come to the broker: a trial asks
 for its next report, which renews its lease, and the group's rank 0 comes by between two steps to bring reports and to fetch
-what has changed. A trial that does not ask for a while has gone, and its place with it. Where each trial has a group of its own,
-the sweep's driver fetches what has changed, and each rank 0 speaks for its trial.
+what has changed. A trial that does not ask for a while has gone, and its place with it. Where groups have one trial at a time, the
+sweep's driver asks for a trial for each group that it starts, and each rank 0 speaks for its trial and asks for the next one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +22,9 @@ LEASE_SECONDS = 600.0
 say, and a driver that stands still for minutes must not cost its trials what they have learnt."""
 POLL_SECONDS = 10.0
 """That one question waits for a report."""
+
+SETTLING_SECONDS = 5.0
+"""After a broker was killed, until the next one gives trials to groups: those that have one come by every second and say so."""
 
 DECISION_SECONDS = 5.0
 """That the group waits after an epoch for the scheduler to say who goes on. A step of lanes that are stopped a moment later costs
@@ -69,6 +73,8 @@ class _Lease:
     """Number of the report that was asked for last: those before it have been decided about."""
     at: Report = field(default_factory=dict)
     """Where it was seen last, if its own group says it."""
+    group: str | None = None
+    """That trains it, where groups have one trial at a time."""
 
     def take(self, reports: list[Report]) -> None:
         """What is new of them; nothing comes after a trial's end."""
@@ -95,14 +101,22 @@ class Broker:
 
     Args:
         clock: seconds.
+        again: in the place of one that was killed.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, again: bool = False):
         self._clock, self._id = clock, uuid.uuid4().hex
+        self._settled_at = clock() + (SETTLING_SECONDS if again else 0.0)
         self._leases: dict[str, _Lease] = {}
         self._to_close: list[str] = []
         self._end: Orders | None = None
         self._wish: str | None = None
+        self._idle: set[str] = set()
+        """Groups that wait for a trial."""
+        self._failures = Counter[str]()
+        """Of workers, by trial; of those that have none, by group."""
+        self._crowner: str | None = None
+        """The group that sees to the winner."""
         self._progress: dict[str, Report] = {}
         self._decided: dict[str, int] = {}
         self._changed = asyncio.Condition()
@@ -185,9 +199,34 @@ class Broker:
                     break
         return replace(orders or Orders(), broker=self._id)
 
-    # for a group that has one trial
+    # for groups that have one trial at a time
 
-    async def tell(self, trial: str, reports: list[Report], at: Report | None = None) -> str | None:
+    async def assign(self, group: str, patience: float = 0.0, *, to_start: bool = False) -> Orders:
+        """What the group trains: the trial that it has, if that has not ended, or else one that no group has; at the sweep's end one of
+        those that wait sees to the winner. Nothing, if there is nothing, or all are to end.
+
+        Args:
+            patience: seconds to wait for something to do.
+            to_start: the group is yet to be started: what one that waits can have is not for it.
+        """
+        deadline = self._clock() + patience
+        async with self._changed:
+            if not to_start:
+                self._idle.add(group)
+            try:
+                while not (orders := self._work(group, to_start)) and (left := deadline - self._clock()) > 0:
+                    until = self._settled_at - self._clock()
+                    try:
+                        async with asyncio.timeout(min(left, until) if until > 0 else left):
+                            await self._changed.wait()
+                    except TimeoutError:
+                        continue
+            finally:
+                self._idle.discard(group)
+                self._changed.notify_all()
+        return orders or Orders()
+
+    async def tell(self, trial: str, group: str, reports: list[Report], at: Report | None = None) -> str | None:
         """Take in the trial's reports, wait for what the scheduler decides about them, and say what is wanted of the trial: None, that
         it goes on, `pause` or `cancel`.
 
@@ -195,24 +234,54 @@ class Broker:
             at: where it is now.
         """
         at = at or (reports[-1] if reports else None)
-        if at and (held := self._leases.get(trial)):
-            held.at = self._progress[trial] = at
+        if held := self._leases.get(trial):
+            held.group = held.group or group
+            if held.group != group:
+                return "cancel"
+            if at:
+                held.at = self._progress[trial] = at
         await self._take({trial: reports} if reports else {})
-        held = self._leases.get(trial)
-        return self._wish or ("cancel" if held is None or held.ended else None)
+        return self._wish or (None if await self.goes_on(trial) else "cancel")
 
-    async def left(self, trial: str) -> bool:
-        """The trial's group has ended. Whether the trial goes on all the same, so that it is to be opened again."""
+    async def goes_on(self, trial: str) -> bool:
+        """Whether it has not ended."""
         held = self._leases.get(trial)
-        if held is None or held.ended:
-            return False
-        held.known = False
+        return held is not None and not held.ended
+
+    async def failed(self, group: str) -> int:
+        """The group's workers have failed. How often it has happened over their trial."""
+        held = self._held_by(group)
+        over = held[0] if held else group
+        self._failures[over] += 1
+        return self._failures[over]
+
+    async def left(self, group: str, state: str | None = None, message: str = "") -> str | None:
+        """The group has ended, and with it the trial that it had, which otherwise another group may have.
+
+        Args:
+            state: how the trial has ended; None: it has not.
+
+        Returns:
+            The trial that has ended.
+        """
+        held = self._held_by(group)
+        if held is None:
+            return None
+        if state is not None:
+            await self.end(held[0], state, message)
+            return held[0]
+        held[1].group = None
         await self._tell()
-        return True
+        return None
+
+    async def crowner(self) -> str | None:
+        """The group that sees to the winner, once one does."""
+        return self._crowner
 
     async def wind_down(self, wish: str) -> None:
         """Have all groups end: what they are told from now on, `pause` or `cancel`."""
         self._wish = wish
+        await self._tell()
 
     # for the driver
 
@@ -265,6 +334,28 @@ class Broker:
         if fresh or gone:
             return Orders(fresh, [trial for trial in gone if trial not in fresh])
         return None
+
+    def _work(self, group: str, to_start: bool) -> Orders | None:
+        self._expire()
+        if self._wish is not None:
+            return Orders()
+        if held := self._held_by(group):
+            return Orders({held[0]: held[1].config})
+        if self._end is not None:
+            if not to_start:
+                self._crowner = self._crowner or group
+            return self._end if self._crowner == group else Orders()
+        if self._clock() < self._settled_at or (to_start and self._idle):
+            return None
+        for trial, one in self._leases.items():
+            if one.group is None and not one.ended:
+                one.group = group
+                return Orders({trial: one.config})
+        return None
+
+    def _held_by(self, group: str) -> tuple[str, _Lease] | None:
+        """The trial that the group has, if that has not ended."""
+        return next(((t, held) for t, held in self._leases.items() if held.group == group and not held.ended), None)
 
     def _undecided(self, trial: str, report: Report) -> Report:
         """Without its rung, if it was decided about before."""

@@ -36,7 +36,14 @@ RESTARTS = 3
 
 
 def new_broker() -> Any:
-    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Broker).remote()
+    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(BrokerActor).remote()
+
+
+class BrokerActor(Broker):
+    """As Ray starts it, and starts it again."""
+
+    def __init__(self) -> None:
+        super().__init__(again=ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def tuner(ours: Attempt, job: JobSpec, broker: Any, at_once: int) -> tune.Tuner:

@@ -35,39 +35,34 @@ def run(ours: Attempt, resolved: ResolvedSpec, shape: WorkerShape, placed: Place
     trials.keeps_all = job.tuning.type != "full"
     Telling.broker = broker
     ours.events.emit("phase", phase="training")
-    with (
-        Groups(ours, resolved, shape, broker, trials, placed.at_once) as groups,
-        experiment.Watch(ours, trials, broker),
-    ):
+    crowned = None
+    with Groups(ours, resolved, shape, broker, placed.at_once) as groups, experiment.Watch(ours, trials, broker):
         end = _End(ours, groups, tuning.Budget(sweep, seconds=lambda: trials.seconds, tokens=lambda: trials.tokens))
         tuning.Ending.spent = staticmethod(lambda: end.spent)
         with end, end.interrupt.ending():
             done = experiment.tuner(ours, job, broker, placed.at_once).fit()
             trials.made(done._experiment_analysis.trials)  # no callback is called if an attempt before ended them all
-    if end.wish is not None:
-        state = RunState.PAUSED if end.wish == "pause" else RunState.CANCELLED
-        return RunResult(attempt=ours.number, state=state, finished_at=time.time())
-    if end.spent:
-        trials.end_all(f"the budget of {end.spent} is spent")
-    return _concluded(ours, resolved, shape, trials, trials.result(placed.name, placed.why))
-
-
-def _concluded(
-    ours: Attempt, resolved: ResolvedSpec, shape: WorkerShape, trials: SeparateTrials, result: SweepResult
-) -> RunResult:
-    """One worker like a trial's checks, evaluates and publishes the winner; then what only trials needed goes.
-
-    Raises:
-        AdaptoryError: there is no winner.
-    """
-    ours.store.delete(separate_path(ours.run))
+        if end.wish is not None:
+            state = RunState.PAUSED if end.wish == "pause" else RunState.CANCELLED
+            return RunResult(attempt=ours.number, state=state, finished_at=time.time())
+        if end.spent:
+            trials.end_all(f"the budget of {end.spent} is spent")
+        result = trials.result(placed.name, placed.why)
+        if trials.best is not None:
+            crowned = groups.conclude(trials.best, result.model_dump(mode="json"))
+    ours.store.delete(separate_path(ours.run))  # what only trials needed
     if trials.best is None:
         raise experiment.nobody_won(result)
-    group = workers.Workers(ours, resolved, replace(shape, workers=1), _crowner, spared=SPARED)
-    crowned = group.run(best=trials.best, sweep=result.model_dump(mode="json"))
+    crowned = crowned or _crowned(ours, resolved, shape, trials.best, result)
     if crowned.state is RunState.SUCCEEDED and not trials.keeps_all:
         trials.forget(trials.best)  # it is published
     return crowned
+
+
+def _crowned(ours: Attempt, resolved: ResolvedSpec, shape: WorkerShape, best: str, result: SweepResult) -> RunResult:
+    """One worker like a trial's checks, evaluates and publishes the winner, where no group is left that could."""
+    group = workers.Workers(ours, resolved, replace(shape, workers=1), _crowner, spared=SPARED)
+    return group.run(best=best, sweep=result.model_dump(mode="json"))
 
 
 class SeparateTrials(Trials):
@@ -152,11 +147,11 @@ def _crowner(config: dict[str, Any]) -> dict[str, Any] | None:
     """On the worker that sees to the best."""
     began = time.time()
     workers.give_way(config)
-    from jobs.sweep.worker import crown
+    from jobs.sweep.separate_worker import crowned
 
     sweep = SweepResult.model_validate(config["sweep"])
     with workers.entered(config, began) as session:
-        session.seconds["training"] = sweep.compute.seconds  # which this worker has waited for
-        session.seconds["worker_start"] = round(session.seconds["worker_start"] - sweep.compute.seconds, 2)
-        result = crown(session, config["best"], sweep)
-    return workers.handed_in(session, result)
+        session.seconds["worker_start"] = round(
+            session.seconds["worker_start"] - sweep.compute.seconds, 2
+        )  # it has waited for that
+        return crowned(session, config["best"], sweep)

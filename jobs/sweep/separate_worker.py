@@ -1,23 +1,26 @@
-"""What each worker of a trial runs that trains apart from the others: a run's own phases, until what it has trained is in the store."""
+"""What each worker of a group runs whose trials train apart: of each trial a run's own phases, until what it has trained is in the store."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from jobs import workers
 from jobs.data import PreparedData, TestRow
 from jobs.evaluate import BASE, Candidate
 from jobs.sweep import history
-from jobs.sweep.broker import RUNG, Config, Report
+from jobs.sweep.broker import RUNG, Config, Orders, Report
 from jobs.sweep.measuring import Measure, Measured, rows_to_answer
+from jobs.sweep.worker import crown
 from jobs.train.artifact import PUBLISHED
 from jobs.train.background import KEEP_SECONDS, patiently
 from jobs.train.checkpoints import Checkpoints
@@ -26,19 +29,21 @@ from jobs.train.fence import check_still_ours
 from jobs.train.loop import Hooks
 from jobs.train.publish import loaded_back, write_artifact
 from jobs.train.session import Session
-from jobs.train.setup import Place, Trainable, give_back_freed_memory
+from jobs.train.setup import Place, Trainable, give_back_freed_memory, uses_deepspeed
 from jobs.train.steps import Progress
 from jobs.train.worker import fine_tune, load
-from orchestrator.errors import StoreError
+from orchestrator.errors import AdaptoryError, StoreError, Superseded
 from orchestrator.modeling.base_model import BaseModel
 from orchestrator.runs.events import Events, EventType, Level
-from orchestrator.runs.result import RunResult
+from orchestrator.runs.result import SweepResult
 from orchestrator.runs.states import RunState, TrialState
 from orchestrator.spec.sweep import trial_spec, trunk_warmup
-from orchestrator.store import Store, trial_path, trial_run
+from orchestrator.store import Store, names_path, trial_path, trial_run
 
 log = logging.getLogger(__name__)
 
+IDLE_SECONDS = 10.0
+"""That a group without a trial waits for one: Ray Tune needs a moment to make the next."""
 LOOK_SECONDS = 1.0
 """Between looks at what is wanted of the trial."""
 
@@ -50,29 +55,47 @@ class Line:
     Args:
         run: of the sweep.
         trial: Tune's id.
+        group: that trains it.
         broker: handle of the actor `jobs.sweep.broker.Broker`; None on ranks other than 0.
     """
 
     store: Store
     run: str
     trial: str
+    group: str
     broker: Any
     at: Report | None = None
     """Where the trial is, for people to watch."""
     wish: str | None = None
     """`pause`, `cancel`, or None: that it goes on."""
+    lost: bool = False
+    """Whether the broker has gone, and with it who would say whether the trial goes on elsewhere."""
     reports: list[Report] = field(default_factory=list)
     _over: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Line:
         if self.broker is not None:
             self.reports = history.read(self.store, self.run, self.trial)
-            self._tell([])
+            self._tell(self.reports if self.is_over else [])
             threading.Thread(target=self._look, name="adaptory-line", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the trial came to its end in an attempt whose last words Tune did not keep."""
+        return bool(self.reports) and self.reports[-1]["state"] != TrialState.RUNNING
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether somebody may go on with the trial from its checkpoints, as far as is known."""
+        try:
+            return self.lost or ray.get(self.broker.goes_on.remote(self.trial))
+        except ray.exceptions.RayError as error:
+            log.warning("%s", error)
+            return True
 
     def report(self, said: Report) -> None:
         """Waits for what the scheduler decides about it. One that was reported before the trial was started anew is not news."""
@@ -95,33 +118,102 @@ class Line:
 
     def _tell(self, reports: list[Report]) -> None:
         try:
-            self.wish = ray.get(self.broker.tell.remote(self.trial, reports, None if reports else self.at))
+            told = self.broker.tell.remote(self.trial, self.group, reports, None if reports else self.at)
+            self.wish = ray.get(told)
         except ray.exceptions.RayError as error:  # the driver has gone, and the broker with it
             log.warning("%s", error)
-            self.wish = "cancel"
+            self.wish, self.lost = "cancel", True
 
 
 class Unwanted(Exception):
     """Somebody has ended the trial."""
 
 
-def run_trial(session: Session, broker: Any, trial: str, name: str, config: Config) -> RunResult:
-    """From the trial's newest checkpoint to its end, or until somebody ends or pauses it.
+def run_trials(session: Session, broker: Any, group: str) -> dict[str, Any] | None:
+    """One trial after the other, until there is none for this group, and then perhaps the winner. Where DeepSpeed trains, whose state is the
+    process's, one trial is all.
 
     Args:
         session: of the sweep.
 
+    Returns:
+        The result, unless it is the sweep's and the store has taken it.
+
+    Raises:
+        AdaptoryError: what ended a trial that is all; otherwise the broker is told.
+    """
+    stays = not uses_deepspeed(session.spec, session.place)
+    while (orders := _orders(session, broker, group)).open:
+        [(trial, config)] = orders.open.items()
+        try:
+            ended = _run_trial(_for_trial(session, trial), broker, group, trial, config)
+        except Superseded:
+            raise
+        except AdaptoryError as error:
+            if not stays:
+                raise
+            state, message = history.ended_by(error)
+            log.warning("trial %s %s: %s", trial, state, message)
+            if ray.get(broker.left.remote(group, state, message)):
+                history.forget_checkpoints(session.store, session.resolved.run, trial)
+        if not stays:
+            return session.result(ended).model_dump(mode="json")
+        gc.collect()  # its network holds itself
+    if orders.best is None or orders.sweep is None:
+        return session.result(RunState.SUCCEEDED).model_dump(mode="json")
+    return crowned(session, orders.best, SweepResult.model_validate(orders.sweep))
+
+
+def crowned(session: Session, best: str, sweep: SweepResult) -> dict[str, Any] | None:
+    """See to the winner; returns the result if the store did not take it."""
+    session.seconds["training"] = sweep.compute.seconds
+    return workers.handed_in(session, crown(session, best, sweep))
+
+
+def _orders(session: Session, broker: Any, group: str) -> Orders:
+    """What this group is to do next, on every rank."""
+    found = Orders()
+    if session.place.rank == 0:
+        try:
+            found = ray.get(broker.assign.remote(group, IDLE_SECONDS))
+        except ray.exceptions.RayError as error:  # the driver has gone
+            log.warning("%s", error)
+    return Orders(**session.place.told(asdict(found)))
+
+
+def _for_trial(session: Session, trial: str) -> Session:
+    """Its own seconds and progress; of the sweep's events it has what is wrong."""
+    events = session.events
+    if events is not None:
+        events = _Warnings(events, _name(session, trial))
+    progress = Progress(step=0, total_steps=0)
+    return replace(session, events=events, seconds=dict(session.seconds), progress=progress, _open=[])
+
+
+def _name(session: Session, trial: str) -> str:
+    try:
+        return session.store.read_json(names_path(session.resolved.run)).get(trial, trial)
+    except StoreError as error:
+        log.warning("%s", error)
+        return trial
+
+
+def _run_trial(session: Session, broker: Any, group: str, trial: str, config: Config) -> RunState:
+    """From the trial's newest checkpoint to its end, or until somebody ends or pauses it.
+
     Raises:
         AdaptoryError: what ended it, TrainingDiverged among others.
     """
-    place, events = session.place, session.events
-    session = replace(session, events=_Warnings(events, name) if events else None)
-    with Line(session.store, session.resolved.run, trial, None if place.rank else broker) as line:
+    place, store, run = session.place, session.store, session.resolved.run
+    with Line(store, run, trial, group, None if place.rank else broker) as line:
+        if place.agree("cancel" if line.is_over else None):
+            return RunState.SUCCEEDED
         stop = place.agree(line.wish)  # it may have waited long for its machines
         if stop is None:
             stop = _trained(session, line, config)
-    ends = {None: RunState.SUCCEEDED, "pause": RunState.PAUSED, "cancel": RunState.CANCELLED}
-    return session.result(ends[stop])
+        if place.rank == 0 and stop != "pause" and not line.goes_on:
+            history.forget_checkpoints(store, run, trial)
+    return {None: RunState.SUCCEEDED, "pause": RunState.PAUSED, "cancel": RunState.CANCELLED}[stop]
 
 
 def _trained(session: Session, line: Line, config: Config) -> str | None:

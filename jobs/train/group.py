@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ray.train
@@ -41,6 +42,17 @@ def explained(error: ray.train.TrainingFailedError, max_failures: int) -> Adapto
     for failure in failures:
         if (ours := _cause(failure, AdaptoryError)) is not None:
             return ours
+    return failed(
+        failures, f"The workers failed {max_failures + 1} times" if workers else "Ray Train could not run the workers"
+    )
+
+
+def failed(failures: Sequence[Exception], what: str) -> AdaptoryError:
+    """What ended the workers, by what Ray says.
+
+    Args:
+        what: begins the sentence.
+    """
     text = str(failures[0]).strip()
     if "memory" in text.lower() and ("killed" in text.lower() or "OOM" in text or "OutOfMemory" in text):
         return OutOfMemory(
@@ -50,9 +62,7 @@ def explained(error: ray.train.TrainingFailedError, max_failures: int) -> Adapto
         )
     last = text.splitlines()[-1] if text else type(failures[0]).__name__
     return JobFailed(
-        f"The workers failed {max_failures + 1} times, last with: {last}"
-        if workers
-        else f"Ray Train could not run the workers: {last}",
+        f"{what}, last with: {last}",
         hint="`adaptory runs logs` shows what each worker printed.",
         log=text[-4000:],
     )

@@ -241,17 +241,17 @@ def test_a_scheduler_that_does_not_answer_holds_nobody_up_for_long(
     run(course())
 
 
-# --- a group for each trial -----------------------------------------------------------------------------------------
+# --- groups that have one trial at a time ---------------------------------------------------------------------------
 
 
 def test_a_group_of_one_trial_hears_what_the_scheduler_decides(broker: Broker) -> None:
     async def course() -> None:
         await broker.lease("t1", CONFIG, "a")
-        await broker.sync({})
+        assert await broker.assign("g1") == Orders(open={"t1": CONFIG})
         asking = asyncio.create_task(broker.report("t1", "a", 0))
         await asyncio.sleep(0)
         rung = said(4) | {RUNG: 1.0}
-        telling = asyncio.create_task(broker.tell("t1", [rung]))
+        telling = asyncio.create_task(broker.tell("t1", "g1", [rung]))
         assert await asking == rung
         await asyncio.sleep(0.01)
         assert not telling.done(), "it is with the scheduler"
@@ -259,8 +259,8 @@ def test_a_group_of_one_trial_hears_what_the_scheduler_decides(broker: Broker) -
         assert await telling is None, "it goes on"
         again.cancel()
         await broker.release("t1")
-        assert await broker.tell("t1", []) == "cancel"
-        assert not await broker.left("t1")
+        assert await broker.tell("t1", "g1", []) == "cancel"
+        assert not await broker.goes_on("t1")
 
     run(course())
 
@@ -268,11 +268,11 @@ def test_a_group_of_one_trial_hears_what_the_scheduler_decides(broker: Broker) -
 def test_people_see_where_a_trial_is_and_an_end_from_outside_knows(broker: Broker) -> None:
     async def course() -> None:
         await broker.lease("t1", CONFIG, "a")
-        await broker.tell("t1", [said(4) | {RUNG: 1.0, "validation_loss": 0.5}])
-        await broker.tell("t1", [], said(7))
+        await broker.tell("t1", "g1", [said(4) | {RUNG: 1.0, "validation_loss": 0.5}])
+        await broker.tell("t1", "g1", [], said(7))
         assert await broker.progress() == {"t1": said(7)}
         await broker.end("t1", "diverged", "the loss is no number")
-        assert await broker.tell("t1", [], said(8)) == "cancel"
+        assert await broker.tell("t1", "g1", [], said(8)) == "cancel"
         await broker.report("t1", "a", 0)
         last = await broker.report("t1", "a", 1)
         assert last == said(7, "diverged") | {"validation_loss": 0.5, "message": "the loss is no number"}
@@ -280,12 +280,66 @@ def test_people_see_where_a_trial_is_and_an_end_from_outside_knows(broker: Broke
     run(course())
 
 
-def test_a_trial_whose_group_ended_too_early_is_opened_again(broker: Broker) -> None:
+def test_a_group_keeps_its_trial_until_that_has_ended_and_gets_the_next(broker: Broker) -> None:
+    async def course() -> None:
+        for trial in ("t1", "t2", "t3"):
+            await broker.lease(trial, CONFIG, "a")
+        assert await broker.assign("g1", to_start=True) == Orders(open={"t1": CONFIG})
+        assert await broker.assign("g2", to_start=True) == Orders(open={"t2": CONFIG})
+        assert await broker.assign("g1") == Orders(open={"t1": CONFIG}), "its worker was started again"
+        await broker.tell("t1", "g1", [said(8, "finished")])
+        assert await broker.assign("g1") == Orders(open={"t3": CONFIG})
+        await broker.tell("t3", "g1", [said(8, "finished")])
+        assert await broker.assign("g1") == Orders()
+
+    run(course())
+
+
+def test_who_waits_gets_a_trial_before_another_group_is_started_for_it(broker: Broker) -> None:
+    async def course() -> None:
+        waiting = asyncio.create_task(broker.assign("g1", 5.0))
+        await asyncio.sleep(0)
+        starting = asyncio.create_task(broker.assign("g2", 5.0, to_start=True))
+        await asyncio.sleep(0)
+        await broker.lease("t1", CONFIG, "a")
+        assert await waiting == Orders(open={"t1": CONFIG})
+        await asyncio.sleep(0.01)
+        assert not starting.done()
+        await broker.lease("t2", CONFIG, "a")
+        assert await starting == Orders(open={"t2": CONFIG})
+
+    run(course())
+
+
+def test_a_trial_whose_group_ended_too_early_is_another_ones(broker: Broker) -> None:
     async def course() -> None:
         await broker.lease("t1", CONFIG, "a")
-        await broker.sync({})
-        assert await broker.left("t1")
-        assert await broker.sync({}) == Orders(open={"t1": CONFIG})
+        await broker.assign("g1")
+        assert await broker.left("g1") is None
+        assert await broker.assign("g2") == Orders(open={"t1": CONFIG})
+        assert await broker.left("g1", "failed", "late") is None, "it is not its own any more"
+        assert await broker.left("g2", "failed", "no such layer") == "t1"
+        last = await broker.report("t1", "a", 0)
+        assert last is not None
+        assert (last["state"], last["message"]) == ("failed", "no such layer")
+        assert await broker.left("g2", "failed", "again") is None
+
+    run(course())
+
+
+def test_failures_are_counted_by_trial(broker: Broker) -> None:
+    async def course() -> None:
+        for trial in ("t1", "t2"):
+            await broker.lease(trial, CONFIG, "a")
+        await broker.assign("g1")
+        assert [await broker.failed("g1") for _ in range(2)] == [1, 2]
+        await broker.tell("t1", "g1", [said(8, "finished")])
+        await broker.assign("g1")
+        assert await broker.failed("g1") == 1
+        await broker.left("g1")
+        await broker.assign("g2")
+        assert await broker.failed("g2") == 2, "of the trial, whoever has it"
+        assert [await broker.failed("g3") for _ in range(2)] == [1, 2], "without one, of the group"
 
     run(course())
 
@@ -293,8 +347,44 @@ def test_a_trial_whose_group_ended_too_early_is_opened_again(broker: Broker) -> 
 def test_all_groups_hear_that_the_sweep_winds_down(broker: Broker) -> None:
     async def course() -> None:
         await broker.lease("t1", CONFIG, "a")
-        assert await broker.tell("t1", []) is None
+        assert await broker.tell("t1", "g1", []) is None
+        waiting = asyncio.create_task(broker.assign("g2", 60.0))
+        await asyncio.sleep(0)
         await broker.wind_down("pause")
-        assert await broker.tell("t1", [], said(3)) == "pause"
+        assert await waiting == Orders()
+        assert await broker.tell("t1", "g1", [], said(3)) == "pause"
+        assert await broker.assign("g1") == Orders(), "not its trial again"
+
+    run(course())
+
+
+def test_one_group_sees_to_the_winner(broker: Broker) -> None:
+    async def course() -> None:
+        waiting = [asyncio.create_task(broker.assign(group, 60.0)) for group in ("g1", "g2")]
+        await asyncio.sleep(0)
+        assert await broker.crowner() is None
+        await broker.finish("t1", {"trials": []})
+        first, second = [await one for one in waiting]
+        assert (first.finish, first.best, second) == (True, "t1", Orders())
+        assert await broker.crowner() == "g1"
+        assert await broker.assign("g1") == first, "its worker was started again"
+        assert await broker.assign("g3", to_start=True) == Orders()
+
+    run(course())
+
+
+def test_after_a_broker_was_killed_groups_keep_the_trials_that_they_have() -> None:
+    now = [0.0]
+    broker = Broker(clock=lambda: now[0], again=True)
+
+    async def course() -> None:
+        for trial in ("t1", "t2"):
+            await broker.lease(trial, CONFIG, "a")
+        assert await broker.assign("g2", to_start=True) == Orders(), "nobody knows yet whose they are"
+        assert await broker.tell("t1", "g1", [], said(3)) is None
+        assert await broker.tell("t1", "g2", []) == "cancel", "another has it"
+        assert await broker.assign("g1") == Orders(open={"t1": CONFIG})
+        now[0] += broker_module.SETTLING_SECONDS
+        assert await broker.assign("g2", to_start=True) == Orders(open={"t2": CONFIG})
 
     run(course())
