@@ -70,7 +70,8 @@ class SweepSpec(SpecModel):
     """Epochs before which no trial is stopped; by default one, at whose end a trial reports first."""
 
     reduction_factor: Annotated[int, Field(ge=2, le=100)] | None = None
-    """Of asha: one of so many trials goes on after each rung; by default 3."""
+    """Of asha: one of so many trials goes on after each rung; by default 2, since a trial whose learning rate has not come down yet says
+    little of how it will end."""
 
     metric: Literal["validation_loss", "exact_match", "json_valid", "entity_f1"] = "validation_loss"
     """What decides which trial is best at its end: the validation loss, or one of `evaluate.metrics` on the validation rows; `data.test`
@@ -119,7 +120,7 @@ class SweepSpec(SpecModel):
 
     @property
     def asha_reduction(self) -> int:
-        return 3 if self.reduction_factor is None else self.reduction_factor
+        return 2 if self.reduction_factor is None else self.reduction_factor
 
 
 # --- names ----------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def run(train: Callable[[Case, Case], None], case: Case, trials: list[Case], ear
     if early:
         scheduler = AsyncHyperBandScheduler(
             time_attr=RUNG, metric="validation_loss", mode="min", grace_period=1, max_t=case["longest"],
-            reduction_factor=3, stop_last_trials=False,
+            reduction_factor=2, stop_last_trials=False,
         )  # fmt: skip
     watch = Watch()
     tuner = tune.Tuner(

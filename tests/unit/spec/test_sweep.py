@@ -41,7 +41,7 @@ def test_the_shortest_sweep_has_good_defaults():
     found = sweep(RATES).sweep
     assert found is not None
     assert (found.searcher, found.scheduler, found.metric, found.better) == ("random", "asha", "validation_loss", "min")
-    assert (found.count, found.grace_epochs, found.asha_reduction, found.placement) == (12, 1.0, 3, "auto")
+    assert (found.count, found.grace_epochs, found.asha_reduction, found.placement) == (12, 1.0, 2, "auto")
 
 
 @pytest.mark.parametrize(
