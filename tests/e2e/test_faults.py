@@ -34,8 +34,13 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 240.0
 """Seconds to wait for what takes a few on a quiet machine."""
+LOOK = 0.2
+"""Seconds between looks at files."""
+ASK = 2.0
+"""Seconds between commands, each a second's work that the run beside it lacks."""
 STEPS = 240
 """Of a run that is still under way when a command that was typed after its first checkpoint comes to it."""
+TWO: dict[str, Any] = {"train": {"dtype": "float32", "max_steps": 60}, "resources": {"workers": 2}}
 CLI = (sys.executable, "-m", "orchestrator.cli")
 
 
@@ -93,12 +98,12 @@ class Person:
     def run(self, name: str, **environment: str) -> dict[str, Any]:
         return self.json("runs", "show", name, **environment)
 
-    def waits(self, what: Callable[[], Any], until: str) -> Any:
+    def waits(self, what: Callable[[], Any], until: str, every: float = LOOK) -> Any:
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             if found := what():
                 return found
-            time.sleep(0.2)
+            time.sleep(every)
         raise AssertionError(f"waited in vain for {until}")
 
     def waits_for_the_end(self, name: str, **environment: str) -> dict[str, Any]:
@@ -106,7 +111,7 @@ class Person:
             run = self.run(name, **environment)
             return run if run["state"] in ("succeeded", "failed", "cancelled", "paused") else None
 
-        return self.waits(ended, f"the end of {name}")
+        return self.waits(ended, f"the end of {name}", ASK)
 
     def waits_for_a_checkpoint(self, run: dict[str, Any], store: Store | None = None) -> None:
         store = store or Store(str(self.home / "store"))
@@ -219,28 +224,29 @@ def test_a_second_run_of_one_name_is_refused(person: Person, undisturbed: str) -
     assert person.run("undisturbed")["adapter"] == undisturbed
 
 
-def test_two_workers_share_a_run(person: Person) -> None:
-    """Ray Train, gloo and ZeRO 2 in fp32: the validation loss is that of one worker within 1e-3."""
-    short = {"max_steps": 6, "dtype": "float32"}
-    person.submits("alone", train=short)
+@pytest.fixture(scope="module")
+def two(person: Person) -> dict[str, Any]:
+    """A run of two workers that nothing disturbs: Ray Train, gloo and ZeRO 2 in fp32."""
+    person.submits("two", **TWO)
+    run = person.waits_for_the_end("two")
+    assert run["state"] == "succeeded", run["error"]
+    return run
+
+
+def test_two_workers_share_a_run(person: Person, two: dict[str, Any]) -> None:
+    """The losses are those of one worker within 1e-3."""
+    person.submits("alone", train=TWO["train"])
     one = person.waits_for_the_end("alone")
-    person.submits("together", train=short, resources={"workers": 2})
-    two = person.waits_for_the_end("together")
-    assert two["state"] == "succeeded", two["error"]
     assert two["adapter"]
     for name in ("validation_loss", "train_loss"):
         assert two["result"]["metrics"][name] == pytest.approx(one["result"]["metrics"][name], abs=1e-3)
     assert two["result"]["metrics"]["tokens"] == one["result"]["metrics"]["tokens"]
 
 
-def test_a_killed_worker_of_two_takes_its_group_along_and_nothing_is_lost(person: Person) -> None:
-    """Ray Train, gloo and ZeRO 2 in fp32: losses and weights are within 1e-5 of an undisturbed run's, which leaves room for
-    another order of sums only; a row skipped or repeated changes the third digit."""
-    two: dict[str, Any] = {"train": {"dtype": "float32", "max_steps": 60}, "resources": {"workers": 2}}
-    person.submits("two", **two)
-    undisturbed = person.waits_for_the_end("two")
-    assert undisturbed["state"] == "succeeded", undisturbed["error"]
-    run = person.submits("two-killed", **two)
+def test_a_killed_worker_of_two_takes_its_group_along_and_nothing_is_lost(person: Person, two: dict[str, Any]) -> None:
+    """Losses and weights are within 1e-5 of an undisturbed run's, which leaves room for another order of sums only; a row skipped
+    or repeated changes the third digit."""
+    run = person.submits("two-killed", **TWO)
     person.waits_for_a_checkpoint(run)
     workers = person.workers()
     assert len(workers) == 2
@@ -252,9 +258,9 @@ def test_a_killed_worker_of_two_takes_its_group_along_and_nothing_is_lost(person
     expected, losses = person.steps("two"), person.steps("two-killed")
     assert losses.keys() == expected.keys() == set(range(1, 61))
     assert losses == pytest.approx(expected, abs=1e-5)
-    assert run["result"]["metrics"]["tokens"] == undisturbed["result"]["metrics"]["tokens"]
+    assert run["result"]["metrics"]["tokens"] == two["result"]["metrics"]["tokens"]
     weights = person.adapter(run)
-    for name, value in person.adapter(undisturbed).items():
+    for name, value in person.adapter(two).items():
         torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=1e-5)
 
 

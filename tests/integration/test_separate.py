@@ -6,13 +6,12 @@ Each sweep is `python -m jobs.sweep` in a process of its own, on a tiny model in
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
 import ray
 
-from orchestrator.runs.events import read_events
+from orchestrator.runs.events import Event, read_events
 from orchestrator.runs.states import RunState, TrialState
 from orchestrator.store import adapter_path, control_path, separate_path, stop_trials_path, trial_path
 from tests.integration.sweep_process import EVALUATE, actors, kill, patiently, solo, trials, values
@@ -81,53 +80,53 @@ def test_who_is_stopped_leaves_nothing_running(make_job: Any, start: Any) -> Non
     assert nothing_is_left()
 
 
-@pytest.mark.parametrize("how", ["paused", "killed"])
-def test_a_sweep_that_broke_off_goes_on_and_repeats_nothing(make_job: Any, start: Any, how: str) -> None:
+def test_a_sweep_that_was_paused_and_then_killed_repeats_nothing(make_job: Any, start: Any) -> None:
+    """Paused when one trial has finished, and killed when another one has come further than it was then."""
     job = make_job(
         tuning=FULL,
         resources=ONE_CPU,
         sweep=LONG | {"placement": "one_by_one"},
-        train={"learning_rate": 1e-3},
+        train={"learning_rate": 1e-3, "checkpoint": {"every": 5}},
     )
     run = job.resolved.run
+
+    def of(attempt: int) -> list[Event]:
+        return [event for event in first.events("trial") if event.id.startswith(f"a{attempt}-")]
+
+    def finished(attempt: int) -> set[str]:
+        return {event.data["trial"] for event in of(attempt) if event.data["state"] == "finished"}
+
+    def come_to(attempt: int, step: int) -> bool:
+        """A trial, another than those that had finished before."""
+        return any(e.data["trial"] not in finished(1) and e.data.get("step", 0) >= step for e in of(attempt))
+
     first = start(job)
-
-    def far_enough() -> bool:
-        events = first.events("trial")
-        done = {e.data["trial"] for e in events if e.data["state"] == "finished"}
-        return bool(done) and any(e.data["trial"] not in done and e.data.get("step", 0) >= 30 for e in events)
-
-    first.until(far_enough)
-    if how == "paused":
-        job.store.write_json(control_path(run, 1), {"action": "pause"})
-        assert first.end().state is RunState.PAUSED
-    else:
-        time.sleep(6)  # Tune keeps its state every five seconds
-        first.process.kill()
-        first.process.wait()
+    first.until(lambda: finished(1) and come_to(1, 30))
+    job.store.write_json(control_path(run, 1), {"action": "pause"})
+    assert first.end().state is RunState.PAUSED
     assert nothing_is_left()
     second = start(job, attempt=2)
-    sweep = trials(second.end())
+    second.until(lambda: come_to(2, 60))
+    second.process.kill()
+    second.process.wait()
+    assert nothing_is_left()
+    sweep = trials(start(job, attempt=3).end())
     assert (sweep.placement, [one.state for one in sweep.trials]) == ("one_by_one", [TrialState.FINISHED] * 2)
-    of_second = [event for event in second.events("trial") if event.id.startswith("a2-")]
-    known = {e.data["trial"] for e in first.events("trial") if e.id.startswith("a1-") and e.data["state"] == "finished"}
-    again = {event.data["trial"] for event in of_second if event.data["state"] == "running"}
-    assert known
-    assert not known & again
-    steps = [event.data["step"] for event in of_second if event.data["trial"] in again and event.data.get("step")]
-    assert any(event.data.get("step", 0) >= 30 for event in of_second)
-    assert min(steps) > 0
+    for attempt, begun in ((2, 0), (3, 30)):
+        running = [e for e in of(attempt) if e.data["state"] == "running"]
+        assert {e.data["trial"] for e in running}.isdisjoint(finished(1))
+        assert min(e.data["step"] for e in running if "step" in e.data) > begun
     for one in sweep.trials:
         alone = solo(make_job, job, one).metrics
         assert one.metrics["validation_loss"] == pytest.approx(alone["validation_loss"], rel=1e-4)
 
 
 def test_killed_workers_and_killed_trials_change_nothing(make_job: Any, start: Any) -> None:
-    search = {"learning_rate": {"grid": [1e-3, 2e-4]}, "epochs": {"grid": [40]}}
+    search = {"learning_rate": {"grid": [1e-3, 2e-4]}, "epochs": {"grid": [20]}}
     space = {"search": search, "searcher": "grid", "scheduler": "none"}
-    job = make_job(tuning=FULL, resources=ONE_CPU, sweep=space)
+    job = make_job(tuning=FULL, resources=ONE_CPU, sweep=space, train={"checkpoint": {"every": 8}})
     running = start(job)
-    running.until(lambda: len({e.data["trial"] for e in running.events("trial") if e.data.get("step", 0) > 8}) == 2)
+    running.until(lambda: len({e.data["trial"] for e in running.events("trial") if e.data.get("step", 0) > 12}) == 2)
     assert len(actors("RayTrainWorker")) == 2
     kill("RayTrainWorker")
     kill("ThinTrial", "ResourceTrainable")  # Tune wraps the class
