@@ -24,8 +24,8 @@ from orchestrator.store import result_path
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 900.0
 """Seconds for a sweep that takes thirty on a quiet machine."""
-LOOK = 0.1
-"""Seconds between looks."""
+LOOK = 0.3
+"""Seconds between looks, each of which reads all events: what runs beside it needs the core more."""
 ROWS = 32
 EVALUATE = {"metrics": ["exact_match", "entity_f1"], "max_new_tokens": 64}
 
