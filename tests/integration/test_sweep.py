@@ -253,8 +253,7 @@ def test_who_is_worse_at_a_rung_takes_no_step_more(make_job: Any, start: Any) ->
     search = {"learning_rate": {"grid": rates}, "epochs": {"grid": [4]}}
     sweep = trials(start(make_job(sweep={"search": search, "searcher": "grid"}, train=WSD)).end())
     stopped = [one for one in sweep.trials if one.state is TrialState.STOPPED]
-    assert stopped, [(one.config, one.state) for one in sweep.trials]
-    assert {one.epochs for one in stopped} == {1.0}
+    assert sorted(one.epochs for one in stopped) == [1.0, 1.0, 2.0], "half of four, and half of those"
     assert sweep.winner is not None
     assert sweep.winner.config["train.learning_rate"] == rates[0]
     shared = len(rates) - 1  # the first gradient, but for one of them
