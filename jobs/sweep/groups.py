@@ -72,7 +72,7 @@ class Groups:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def conclude(self, best: str, sweep: dict[str, Any]) -> RunResult | None:
-        """All trials have ended: have a group that is still there see to the winner, and wait until all have ended.
+        """All trials have ended: have a group that is still there see to the winner, and wait for what comes of it.
 
         Args:
             best: id of the winner.
@@ -87,7 +87,9 @@ class Groups:
             ray.get(self._broker.finish.remote(best, sweep))
             while self._running:
                 crowner = ray.get(self._broker.crowner.remote())
-                if time.monotonic() > deadline if crowner is None else crowner not in self._running:
+                if crowner is not None and crowner not in self._running:
+                    break
+                if crowner is None and time.monotonic() > deadline:
                     break
                 time.sleep(LOOK_SECONDS)
             return self._results.get(ray.get(self._broker.crowner.remote()) or "")

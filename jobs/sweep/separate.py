@@ -151,7 +151,8 @@ def _crowner(config: dict[str, Any]) -> dict[str, Any] | None:
 
     sweep = SweepResult.model_validate(config["sweep"])
     with workers.entered(config, began) as session:
-        session.seconds["worker_start"] = round(
-            session.seconds["worker_start"] - sweep.compute.seconds, 2
-        )  # it has waited for that
+        waited = (
+            session.seconds["worker_start"] - sweep.compute.seconds
+        )  # this worker was not there while the trials trained
+        session.seconds["worker_start"] = round(waited, 2)
         return crowned(session, config["best"], sweep)

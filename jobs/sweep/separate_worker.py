@@ -146,7 +146,7 @@ def run_trials(session: Session, broker: Any, group: str) -> dict[str, Any] | No
     while (orders := _orders(session, broker, group)).open:
         [(trial, config)] = orders.open.items()
         try:
-            ended = _run_trial(_for_trial(session, trial), broker, group, trial, config)
+            _run_trial(_for_trial(session, trial), broker, group, trial, config)
         except Superseded:
             raise
         except AdaptoryError as error:
@@ -157,7 +157,7 @@ def run_trials(session: Session, broker: Any, group: str) -> dict[str, Any] | No
             if ray.get(broker.left.remote(group, state, message)):
                 history.forget_checkpoints(session.store, session.resolved.run, trial)
         if not stays:
-            return session.result(ended).model_dump(mode="json")
+            break
         gc.collect()  # its network holds itself
     if orders.best is None or orders.sweep is None:
         return session.result(RunState.SUCCEEDED).model_dump(mode="json")
@@ -198,7 +198,7 @@ def _name(session: Session, trial: str) -> str:
         return trial
 
 
-def _run_trial(session: Session, broker: Any, group: str, trial: str, config: Config) -> RunState:
+def _run_trial(session: Session, broker: Any, group: str, trial: str, config: Config) -> None:
     """From the trial's newest checkpoint to its end, or until somebody ends or pauses it.
 
     Raises:
@@ -206,14 +206,11 @@ def _run_trial(session: Session, broker: Any, group: str, trial: str, config: Co
     """
     place, store, run = session.place, session.store, session.resolved.run
     with Line(store, run, trial, group, None if place.rank else broker) as line:
-        if place.agree("cancel" if line.is_over else None):
-            return RunState.SUCCEEDED
-        stop = place.agree(line.wish)  # it may have waited long for its machines
+        stop = place.agree(line.wish)  # `cancel` if it is over, and it may have waited long for its machines
         if stop is None:
             stop = _trained(session, line, config)
         if place.rank == 0 and stop != "pause" and not line.goes_on:
             history.forget_checkpoints(store, run, trial)
-    return {None: RunState.SUCCEEDED, "pause": RunState.PAUSED, "cancel": RunState.CANCELLED}[stop]
 
 
 def _trained(session: Session, line: Line, config: Config) -> str | None:

@@ -1,5 +1,5 @@
-"""Sweeps whose trials train apart, on a real Ray of two CPUs: each trial has a group of Ray Train's workers of its own, and any process
-may be killed. About eight minutes on two quiet cores, most of it starts of processes.
+"""Sweeps whose trials train apart, on a real Ray of two CPUs: groups of Ray Train's workers have one trial each at a
+time, and any process may be killed. About eight minutes on two quiet cores, most of it starts of processes.
 
 Each sweep is `python -m jobs.sweep` in a process of its own, on a tiny model in fp32.
 """
