@@ -11,9 +11,13 @@ compares trials at the end of their epochs. Every side begins without Ray and en
   loop's sweep.
 
 The usual ways have as many trials at once as are fastest: one with all cores, or as many as there are cores with one each, tried
-first. The last line is `sweep_vs_tune ratio=… loop_ratio=… …`: TRL's makespan over ours, our loop's over ours.
+first. Their trials come in the order of the grid, ours in the one that the seed decides; how many ASHA stops depends on it. So our loop's
+makespan is also put together for as many epochs of each trial as ours took (`same_epochs`). Ours is measured before the others and after
+them, since a machine's speed may change meanwhile, and the mean is taken.
 
-About an hour on two idle cores, once the model, the data and TRL's environment are there; 25 minutes with `ARGS=--brief`, which leaves
+The last line is `sweep_vs_tune ratio=… loop_ratio=… …`: TRL's makespan over ours, our loop's over ours.
+
+About 75 minutes on two idle cores, once the model, the data and TRL's environment are there; 40 with `ARGS=--brief`, which leaves
 out what shows each gain for itself.
 """
 
@@ -24,10 +28,12 @@ import heapq
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -76,23 +82,32 @@ def main() -> None:
     rewritten(trl_case, pack_length=mode["pack-length"])
     trl = measure(trl_python, "tune_trl.py", {"case": trl_case}, patience=3600)
     say_tune("TRL, three trials", trl)
+    again = sweep(spec, "again", {})
     alone: Result | None = None
     if not options.brief:
         alone = measure(sys.executable, "tune_ours.py", {"case": loop_case}, patience=3600)
         say_tune("our loop, nobody stopped", alone)
         plain = {"train.schedule": "linear", "sweep.scheduler": "none"}
         ours |= {"packing": sweep(spec, "packing", plain), "early": sweep(spec, "early", {"train.schedule": "linear"})}
-    report(ours, alone, stopped, trl, json.loads(trl_case.read_text()), memory)
+    cases = [json.loads(one.read_text()) for one in (loop_case, trl_case)]
+    report(ours, again, alone, stopped, trl, [one["places"] for one in cases], memory)
 
 
 def report(
-    ours: dict[str, Result], alone: Result | None, stopped: Result, trl: Result, case: dict[str, Any], memory: float
+    ours: dict[str, Result],
+    again: Result,
+    alone: Result | None,
+    stopped: Result,
+    trl: Result,
+    places: list[int],
+    memory: float,
 ) -> None:
-    seconds = {round(trial["epoch"]): trial["seconds"] for trial in trl["trials"]}
-    theirs = trl["start"] + one_after_another([seconds[round(t["epoch"])] for t in stopped["trials"]], case["places"])
+    theirs = put_together(trl, stopped["trials"], places[1])
+    alike = put_together(stopped, ours["all"]["trials"], places[0])
     print(f"TRL's {len(stopped['trials'])} trials, put together from three: {theirs:.0f} s")
+    print(f"our loop's, for as many epochs of each as ours took: {alike:.0f} s")
     best = min(stopped["trials"], key=lambda t: t["validation_loss"] if t["finished"] else float("inf"))
-    loss, mine = ours["all"]["value"], ours["all"]["makespan"]
+    loss, mine = ours["all"]["value"], statistics.mean(run["makespan"] for run in (ours["all"], again))
     print(f"winner's validation loss: ours {loss:.4f}, our loop under Tune {best['validation_loss']:.4f} "
           f"(learning rate {best['learning_rate']:g}, {best['epochs']} epochs)")  # fmt: skip
     gains = ""
@@ -101,7 +116,7 @@ def report(
         gains = " ".join(f"{name}={alone['makespan'] / ours[run]['makespan']:.2f}" for name, run in runs.items()) + " "
     print(
         f"sweep_vs_tune ratio={theirs / mine:.2f} loop_ratio={stopped['makespan'] / mine:.2f} ours={mine:.0f} trl={theirs:.0f} "
-        f"loop={stopped['makespan']:.0f} {gains}winner_loss={loss / best['validation_loss'] - 1:+.2%} memory_of_8={memory:.2f}"
+        f"loop={stopped['makespan']:.0f} same_epochs={alike / mine:.2f} {gains}winner_loss={loss / best['validation_loss'] - 1:+.2%} memory_of_8={memory:.2f}"
     )
 
 
@@ -110,6 +125,15 @@ def say_tune(name: str, run: Result) -> None:
     for trial in run["trials"]:
         print(f"  {trial['learning_rate']:<8g} {trial['epochs']} epochs: {trial['epoch']:.0f} done in "
               f"{trial['seconds']:.0f} s, validation loss {trial['validation_loss']:.4f}", flush=True)  # fmt: skip
+
+
+def put_together(measured: Result, trials: list[Result], places: int) -> float:
+    """The makespan of trials that end after other epochs, each as long as those that were measured for as many."""
+    seconds: dict[int, list[float]] = defaultdict(list)
+    for trial in measured["trials"]:
+        seconds[round(trial["epoch"])].append(trial["seconds"])
+    each = [statistics.mean(seconds[round(trial["epoch"])]) for trial in trials]
+    return float(measured["start"]) + one_after_another(each, places)
 
 
 def one_after_another(seconds: list[float], places: int) -> float:
