@@ -7,8 +7,7 @@ split. They share the network, which is only read; each lane's gradient belongs 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from threading import Barrier
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 
@@ -33,25 +32,29 @@ class Teams:
         """
         even = len(tasks) - len(tasks) % beside if beside > 1 else 0
         if even:
-            begun = [self._pool(beside).submit(task) for task in tasks[:even]]
-            wait(begun)
+            begun = self._begun(tasks[:even], beside)
             for one in begun:
                 one.result()
         for task in tasks[even:]:
             task()
 
-    def _pool(self, beside: int) -> ThreadPoolExecutor:
+    def _begun(self, tasks: Sequence[Callable[[], None]], beside: int) -> list[Future[None]]:
+        """All of them, once they have ended.
+
+        How many threads a loop takes is each thread's own number, but it is what was said last, by whomever, when it computes for the
+        first time; for matmuls (MKL) the process has one number. So it is also said for as long as teams compute: with all cores each,
+        they would wait for each other's threads at the end of every loop.
+        """
+        share = max(1, self._cores // beside)
         if beside not in self._pools:
-            self._pools[beside] = pool = ThreadPoolExecutor(beside, "adaptory-team")
-            here = Barrier(beside)
-
-            def begin() -> None:
-                torch.set_num_threads(max(1, self._cores // beside))
-                here.wait()
-
-            wait([pool.submit(begin) for _ in range(beside)])
-            torch.set_num_threads(self._cores)  # each thread has its own number, and new ones take what was said last
-        return self._pools[beside]
+            self._pools[beside] = ThreadPoolExecutor(beside, "adaptory-team", torch.set_num_threads, (share,))
+        torch.set_num_threads(share)
+        try:
+            begun = [self._pools[beside].submit(task) for task in tasks]
+            wait(begun)
+        finally:
+            torch.set_num_threads(self._cores)
+        return begun
 
 
 def apart(passes: Iterable[list[Part]]) -> Iterator[list[list[Part]]]:
