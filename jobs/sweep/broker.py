@@ -30,6 +30,10 @@ DECISION_SECONDS = 5.0
 """That the group waits after an epoch for the scheduler to say who goes on. A step of lanes that are stopped a moment later costs
 more; a driver that does not answer must not hold up all."""
 
+GATHERING_SECONDS = 30.0
+"""That a new group waits for the trials which a sweep begins with. Their processes start one after the other, and only those that
+train side by side come to the end of an epoch together, where the scheduler compares them."""
+
 RUNG = "rung"
 """In reports of trials that go on: epochs done. What ends has none, since the scheduler must not compare a short schedule that
 is finished with a long one that is not."""
@@ -101,11 +105,15 @@ class Broker:
 
     Args:
         clock: seconds.
+        first: trials that a packed group waits for before it begins.
         again: in the place of one that was killed.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, *, again: bool = False):
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, first: int = 0, again: bool = False):
         self._clock, self._id = clock, uuid.uuid4().hex
+        self._first = 0 if again else first
+        self._gather_until = 0.0
+        self._worker = asyncio.Event()
         self._settled_at = clock() + (SETTLING_SECONDS if again else 0.0)
         self._leases: dict[str, _Lease] = {}
         self._to_close: list[str] = []
@@ -170,8 +178,13 @@ class Broker:
 
     # for the group
 
+    async def coming(self) -> None:
+        """A worker's process is there, and has yet to load what it needs."""
+        self._worker.set()
+
     async def hello(self) -> None:
         """A group has started: it knows of no trial, whatever the one before it knew."""
+        self._gather_until = self._clock() + GATHERING_SECONDS
         self._to_close.clear()
         for held in self._leases.values():
             held.known = False
@@ -285,6 +298,13 @@ class Broker:
 
     # for the driver
 
+    async def worker(self, patience: float) -> bool:
+        """Whether a worker's process is there, once it is, or `patience` seconds have passed."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                await self._worker.wait()
+        return self._worker.is_set()
+
     async def end(self, trial: str, state: str, message: str) -> bool:
         """End a trial before its end; False if it has no place yet."""
         held = self._leases.get(trial)
@@ -325,6 +345,9 @@ class Broker:
 
     def _orders(self) -> Orders | None:
         self._expire()
+        if self._end is None and len(self._leases) < self._first and self._clock() < self._gather_until:
+            return None
+        self._first = 0  # from now on nobody waits for those that come later
         fresh = {trial: held.config for trial, held in self._leases.items() if not (held.known or held.ended)}
         for trial in fresh:
             self._leases[trial].known = True

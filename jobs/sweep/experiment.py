@@ -35,15 +35,19 @@ RESTARTS = 3
 """Of a trial's process that dies; its course goes on meanwhile."""
 
 
-def new_broker() -> Any:
-    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(BrokerActor).remote()
+def new_broker(first: int = 0) -> Any:
+    """
+    Args:
+        first: trials that a packed group waits for.
+    """
+    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(BrokerActor).remote(first)
 
 
 class BrokerActor(Broker):
     """As Ray starts it, and starts it again."""
 
-    def __init__(self) -> None:
-        super().__init__(again=ray.get_runtime_context().was_current_actor_reconstructed)
+    def __init__(self, first: int) -> None:
+        super().__init__(first=first, again=ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def tuner(ours: Attempt, job: JobSpec, broker: Any, at_once: int) -> tune.Tuner:
@@ -54,7 +58,7 @@ def tuner(ours: Attempt, job: JobSpec, broker: Any, at_once: int) -> tune.Tuner:
     """
     path, filesystem = workers.train_storage(ours.store, ours.run)
     trainable = tune.with_resources(tune.with_parameters(ThinTrial, broker=broker), {"cpu": CPUS})
-    if _has_state(ours):
+    if has_state(ours):
         found = f"{path}/{EXPERIMENT}"
         return tune.Tuner.restore(found, trainable, resume_errored=True, storage_filesystem=filesystem)
     sweep = job.sweep
@@ -90,7 +94,7 @@ def forget(ours: Attempt) -> None:
     ours.store.delete(names_path(ours.run))
 
 
-def _has_state(ours: Attempt) -> bool:
+def has_state(ours: Attempt) -> bool:
     """Whether an attempt before this one left trials to go on with; what was cut off before there were any is removed."""
     if any(name.startswith("experiment_state-") for name in ours.store.children(_folder(ours))):
         return True

@@ -27,6 +27,10 @@ AT_ONCE = 16
 """Trials that Tune has under way: a process each, of 180 MB and a second and a half to start. Which of them are computed at once
 is the group's affair."""
 
+WORKER_SECONDS = 20.0
+"""That the trials' processes are held back for the workers'. Ray starts as many at once as there are cores: behind all trials' a worker
+would wait for half a minute, and load its libraries when they have theirs."""
+
 SAID_AGAIN_SECONDS = 10.0
 
 
@@ -34,7 +38,8 @@ def run(ours: Attempt, resolved: ResolvedSpec, shape: WorkerShape) -> RunResult:
     """One attempt, to its end."""
     sweep = resolved.spec.sweep
     assert sweep is not None
-    broker = experiment.new_broker()
+    goes_on = experiment.has_state(ours)  # then nobody knows how many trials come
+    broker = experiment.new_broker(0 if goes_on else min(AT_ONCE, tuning.expected(resolved.spec)))
     trials = Telling.trials = Trials(sweep, ours.events, ours.store, ours.run)
     Telling.broker = broker
     ours.events.emit("phase", phase="waiting for workers")
@@ -44,6 +49,7 @@ def run(ours: Attempt, resolved: ResolvedSpec, shape: WorkerShape) -> RunResult:
     ):
         budget = tuning.Budget(sweep, seconds=lambda: trials.seconds, tokens=lambda: trials.compute.tokens)
         tuning.Ending.spent = staticmethod(lambda: budget.spent)
+        group.await_worker()
         with group.ended.ending():
             tuner = experiment.tuner(ours, resolved.spec, broker, AT_ONCE)
             if group.ended.is_set:
@@ -89,6 +95,14 @@ class _Group:
             ray.get(self._broker.finish.remote(None, None, error.to_dict() if error else None))
         self._thread.join()
 
+    def await_worker(self) -> None:
+        """Until a worker's process is there: for `WORKER_SECONDS` at most, since its CPUs may be taken."""
+        deadline = time.monotonic() + WORKER_SECONDS
+        with contextlib.suppress(ray.exceptions.RayError):
+            while self._thread.is_alive() and time.monotonic() < deadline:
+                if ray.get(self._broker.worker.remote(patience=1.0)):
+                    return
+
     def finish(self, *end: Any) -> RunResult:
         """Tell the workers that no trial will come any more, until they have heard it: a broker that is killed forgets it, and one that
         starts again takes a while. Where Ray itself is gone, so is the group, and with what error it says.
@@ -124,6 +138,7 @@ class _Group:
 def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
     """On each worker; what it returns is a result that the store did not take."""
     began = time.time()
+    config["broker"].coming.remote()
     from jobs.sweep.worker import run_sweep
 
     workers.give_way(config)  # not before its imports: the trials' processes, which start meanwhile, would starve them

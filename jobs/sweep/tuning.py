@@ -62,6 +62,13 @@ def search(job: JobSpec, at_once: int) -> tuple[dict[str, Any], Searcher | Searc
     )
 
 
+def expected(job: JobSpec) -> int:
+    """How many trials there are, if no budget ends them."""
+    assert job.sweep is not None
+    listed = configs(job)
+    return job.sweep.count if listed is None else len(listed)
+
+
 def longest(job: JobSpec) -> float:
     """Epochs of the longest trial."""
     assert job.sweep is not None

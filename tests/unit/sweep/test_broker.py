@@ -388,3 +388,57 @@ def test_after_a_broker_was_killed_groups_keep_the_trials_that_they_have() -> No
         assert await broker.assign("g2", to_start=True) == Orders(open={"t2": CONFIG})
 
     run(course())
+
+
+def test_a_new_group_begins_with_all_trials_that_a_sweep_begins_with(clock: Clock) -> None:
+    broker = Broker(clock, first=2)
+
+    async def course() -> None:
+        await broker.hello()
+        await broker.lease("t1", CONFIG, "a")
+        assert await broker.sync({}) == Orders()
+        waiting = asyncio.create_task(broker.sync({}, patience=30))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await broker.lease("t2", CONFIG, "b")
+        assert await waiting == Orders(open={"t1": CONFIG, "t2": CONFIG})
+        await broker.release("t1", "a")
+        await broker.hello()
+        assert await broker.sync({}) == Orders(open={"t2": CONFIG}), "the next group waits for nobody"
+
+    run(course())
+
+
+def test_it_waits_neither_for_long_nor_once_the_sweep_has_ended(clock: Clock) -> None:
+    async def begun(broker: Broker) -> Broker:
+        await broker.hello()
+        await broker.lease("t1", CONFIG, "a")
+        assert await broker.sync({}) == Orders()
+        return broker
+
+    async def course() -> None:
+        broker = await begun(Broker(clock, first=3))
+        clock.now += broker_module.GATHERING_SECONDS
+        assert await broker.sync({}) == Orders(open={"t1": CONFIG})
+        await broker.lease("t2", CONFIG, "b")
+        assert await broker.sync({}) == Orders(open={"t2": CONFIG})
+        broker = await begun(Broker(clock, first=3))
+        await broker.finish(None, None)
+        assert (await broker.sync({})).finish
+        broker = Broker(clock, first=3, again=True)
+        await broker.lease("t1", CONFIG, "a")
+        assert await broker.sync({}) == Orders(open={"t1": CONFIG}), "who comes back to another broker was there before"
+
+    run(course())
+
+
+def test_the_driver_knows_when_a_worker_is_there(broker: Broker) -> None:
+    async def course() -> None:
+        assert not await broker.worker(patience=0.01)
+        waiting = asyncio.create_task(broker.worker(patience=30))
+        await asyncio.sleep(0)
+        await broker.coming()
+        assert await waiting
+        assert await broker.worker(patience=0)
+
+    run(course())
