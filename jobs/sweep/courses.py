@@ -53,6 +53,8 @@ class Courses:
         self._session, self._group, self._base, self._rows = session, group, base, rows
         self._measure = measure
         self._waiting: dict[str, Config] = {}
+        self._foretold: set[str] = set()
+        """Of those that wait, whose first reports were another's."""
         self._unclaimed: set[str] = set()
         self._unclaimed_since, self._broker = 0.0, ""
         self._began, self._number = time.monotonic(), 0
@@ -100,36 +102,65 @@ class Courses:
         measured = self._measured([report.trial for report in reports if report.state == "finished"])
         for report in reports:
             said = self._said(report, reports) | measured.get(report.trial, {})
-            if report.validation_loss is not None or report.state != "running":
+            told = self.history.get(report.trial)
+            if report.state == "running" and (
+                report.validation_loss is None or (told and told[-1]["step"] >= report.step)
+            ):
+                moved[report.trial] = said  # or it was foretold
+            else:
                 if report.state == "finished":
                     self._keep(report.trial, said)
                 self.history.setdefault(report.trial, []).append(said)
                 self.fresh.setdefault(report.trial, []).append(said)
-            else:
-                moved[report.trial] = said
         return moved
 
     def _seat(self) -> None:
         for trial, config in list(self._waiting.items()):
+            spec = self._spec(config)
+            if trial not in self.history and self._foretell(trial, spec):
+                continue
             try:
-                self._group.open(trial, self._spec(config))
+                self._group.open(trial, spec)
             except NoFreeLane:
                 continue  # another one may ride a lane that is there
             except (ModelError, TrialRunsAlone) as error:
                 self.history[trial] = [{"step": 0, "state": "failed", "error": error.to_dict()}]
                 self.fresh[trial] = list(self.history[trial])
             else:
+                if trial in self._foretold:
+                    self._foretold.remove(trial)
+                    self._count_alone(trial, -1)
                 self._tell_of_the_way(trial)
             del self._waiting[trial]
+
+    def _foretell(self, trial: str, spec: JobSpec) -> bool:
+        """Have one that would begin anew report first what another reported on the same way: the scheduler may end it for that, before
+        it costs a step."""
+        found = self._group.forerunner(trial, spec)
+        if found is None:
+            return False
+        way = [s for s in self.history.get(found.trial, []) if s["step"] <= found.steps and s["state"] == "running"]
+        if way:
+            self._tell(trial, way, found.total_steps)
+            self._foretold.add(trial)
+            self._count_alone(trial)
+        return bool(way)
+
+    def _count_alone(self, trial: str, times: int = 1) -> None:
+        """What a run of its own would have computed up to the trial's last report."""
+        last = self.history[trial][-1]
+        self._group.alone.add_all(times * last["step"], times * last["tokens"])
+
+    def _tell(self, trial: str, way: list[Report], total_steps: int) -> None:
+        self.history[trial] = [said | {"total_steps": total_steps} for said in way]
+        self.fresh[trial] = list(self.history[trial])
 
     def _tell_of_the_way(self, trial: str) -> None:
         """One that joins others late has come their way, and reports what they reported."""
         done, others = self._group.steps[trial], self._group.company(trial)
         if done and others:
-            total = self._group.total_steps(trial)
             way = [said for said in self.history.get(others[0], []) if said["step"] <= done]
-            self.history[trial] = [said | {"total_steps": total} for said in way]
-            self.fresh[trial] = list(self.history[trial])
+            self._tell(trial, way, self._group.total_steps(trial))
 
     def _spec(self, config: Config) -> JobSpec:
         job = self._session.spec
@@ -212,6 +243,7 @@ class Courses:
 
     def _close(self, trial: str) -> None:
         self._waiting.pop(trial, None)
+        self._foretold.discard(trial)
         if trial in self._group.steps:
             self._group.close(trial)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,6 +24,8 @@ class Held:
     progress: Progress
     state: State | None = None
     """None before the first step: the seed says what the adapter is."""
+    stayed: Sequence[Course] = ()
+    """In their lanes, when this one and others parted from them."""
 
 
 class Lane:

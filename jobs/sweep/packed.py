@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from jobs.sweep import snapshots
 from jobs.sweep.course import Course, why_alone
 from jobs.sweep.lane import Held, Lane
-from jobs.sweep.lanes import Lanes
+from jobs.sweep.lanes import Lanes, in_common
 from jobs.sweep.passes import Part, joint_passes, run
 from jobs.sweep.planning import Counted, Pace, Way
 from jobs.sweep.reports import Compute, TrialReport, TrialState
@@ -38,6 +38,15 @@ class Finished:
     tuning: LoraTuning
     step: int
     adapter: dict[str, Tensor]
+
+
+class Forerunner(NamedTuple):
+    """A trial that is over, and had another one's way for so many steps."""
+
+    trial: str
+    steps: int
+    total_steps: int
+    """Of the other one."""
 
 
 class PackedGroup:
@@ -74,6 +83,8 @@ class PackedGroup:
         self._lanes = Lanes(cast(Decoder, network), lanes)
         self._teams = Teams(torch.get_num_threads())
         self._finished: dict[str, Finished] = {}
+        self._over: list[tuple[Course, int]] = []
+        """Courses of which this group has taken their last step, and how many those were."""
         self.computed, self.alone = Compute(), Compute()
         """What was computed, and what runs of their own would have computed for the same trials up to the same steps."""
 
@@ -115,7 +126,8 @@ class PackedGroup:
                 reason=reason,
             )
         course = self._course(trial, spec)
-        if lane := self._lanes.join(course):
+        if lane := self._lanes.alike(course):
+            lane.courses.append(course)
             self.alone.add_all(lane.progress.step, lane.progress.tokens)
             return
         if not self.free:
@@ -132,12 +144,24 @@ class PackedGroup:
 
     def company(self, trial: str) -> list[str]:
         """Other trials on its lane: what they have reported until now is what it would have reported."""
-        lanes = ([course.trial for course in lane.courses] for lane in self._lanes)
-        return [other for lane in lanes if trial in lane for other in lane if other != trial]
+        lanes = [id(lane) for course, lane in self._lanes.courses if course.trial == trial]
+        return [course.trial for course, lane in self._lanes.courses if id(lane) in lanes and course.trial != trial]
+
+    def forerunner(self, trial: str, spec: JobSpec) -> Forerunner | None:
+        """Of the trials that are over, the one that came the furthest on the way of a trial which would have to begin anew: what that
+        one reported until then, this one would report."""
+        if why_alone(spec, self._network):
+            return None
+        course = self._course(trial, spec)
+        if self._lanes.alike(course):
+            return None
+        ways = [Forerunner(o.trial, in_common(o, course, steps), course.total_steps) for o, steps in self._over]
+        return max((way for way in ways if way.steps), key=lambda way: way.steps, default=None)
 
     def close(self, trial: str) -> None:
         """End a trial, wherever it stands. Its lane goes on for others that ride it, or is free at once."""
         self._finished.pop(trial, None)
+        self._over += [(course, one.progress.step) for course, one in self._lanes.courses if course.trial == trial]
         self._lanes.leave(trial)
 
     def adapter(self, trial: str) -> dict[str, Tensor]:
@@ -283,6 +307,7 @@ class PackedGroup:
             reports.append(_report(lane, course, "finished" if done else "running", validation_loss=found))
             if done:
                 self._finished[course.trial] = Finished(course.tuning, course.total_steps, self.adapter(course.trial))
+                self._over.append((course, course.total_steps))
                 lane.courses.remove(course)
         return reports
 
@@ -315,7 +340,10 @@ class PackedGroup:
             for kind, values in held.state.items():
                 tensors |= {f"lane/{number}/{kind}/{name}": value for name, value in values.items()}
             trials = {course.trial: course.spec.model_dump(mode="json") for course in held.courses}
-            lanes.append({"step": held.progress.step, "tokens": held.progress.tokens, "trials": trials})
+            stayed = [course.trial for course in held.stayed]
+            lanes.append(
+                {"step": held.progress.step, "tokens": held.progress.tokens, "trials": trials, "stayed": stayed}
+            )
         finished = {}
         for trial, one in self._finished.items():
             tensors |= {f"finished/{trial}/{name}": value for name, value in one.adapter.items()}
@@ -337,11 +365,13 @@ class PackedGroup:
         self._auto_tokens = facts["auto_tokens"]
         if self.pace is not None:
             self.pace.seen = {Way(*way): list(seen) for way, seen in facts.get("pace", [])}
+        held: list[Held] = []
         for number, lane in enumerate(facts["lanes"]):
             courses = [self._course(trial, JobSpec.model_validate(spec)) for trial, spec in lane["trials"].items()]
             state = {kind: _below(tensors, f"lane/{number}/{kind}/") for kind in ("weights", "exp_avg", "exp_avg_sq")}
             progress = Progress(lane["step"], courses[0].total_steps, lane["tokens"])
-            self._lanes.add(Held(courses, progress, state))
+            held.append(Held(courses, progress, state))
+        self._lanes.take_up(held, [lane.get("stayed", []) for lane in facts["lanes"]])
         for trial, one in facts["finished"].items():
             tuning = LoraTuning.model_validate(one["tuning"])
             self._finished[trial] = Finished(tuning, one["step"], _below(tensors, f"finished/{trial}/"))

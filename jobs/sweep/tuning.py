@@ -39,8 +39,7 @@ def quiet() -> None:
 def search(job: JobSpec, at_once: int) -> tuple[dict[str, Any], Searcher | SearchAlgorithm, int]:
     """Tune's space, searcher, and how many samples it draws.
 
-    Random and grid searches are lists that the seed decides, the same that `--dry-run` shows; of trials that may share a trunk, the
-    longest comes first, and the others at once after it.
+    Random and grid searches are lists that the seed decides, the same that `--dry-run` shows, in the order of `by_trunk`.
 
     Args:
         at_once: most trials under way.
@@ -49,7 +48,7 @@ def search(job: JobSpec, at_once: int) -> tuple[dict[str, Any], Searcher | Searc
     assert sweep is not None
     listed = configs(job)
     if listed is not None:
-        return {CONFIG: tune.grid_search(by_trunk(listed))}, BasicVariantGenerator(max_concurrent=at_once), 1
+        return {CONFIG: tune.grid_search(by_trunk(listed, at_once))}, BasicVariantGenerator(max_concurrent=at_once), 1
     from jobs.sweep.learning import Optuna
 
     points = [{f"{CONFIG}/{name}": encoded(value) for name, value in point.items()} for point in suggested(job)]
@@ -76,13 +75,25 @@ def longest(job: JobSpec) -> float:
     return max(epochs.ends) if epochs else job.train.epochs
 
 
-def by_trunk(listed: list[Config]) -> list[Config]:
-    """The same configurations: those that differ in epochs alone side by side, the longest of them first."""
-    groups: dict[str, list[Config]] = {}
+def by_trunk(listed: list[Config], at_once: int) -> list[Config]:
+    """The same configurations. Those that differ in epochs alone may share a trunk: the longest of each and the shortest come first, of as
+    many trunks as can be under way, which then come to the end of their first epoch side by side; those in between follow when the
+    shortest have ended, and ride the trunks that go on.
+
+    Args:
+        at_once: most trials under way.
+    """
+    trunks: dict[str, list[Config]] = {}
     for config in listed:
         rest = {name: value for name, value in config.items() if name != "train.epochs"}
-        groups.setdefault(json.dumps(rest, sort_keys=True), []).append(config)
-    return [c for group in groups.values() for c in sorted(group, key=lambda c: -c.get("train.epochs", 0))]
+        trunks.setdefault(json.dumps(rest, sort_keys=True), []).append(config)
+    ordered = [sorted(trunk, key=lambda config: -config.get("train.epochs", 0)) for trunk in trunks.values()]
+    found: list[Config] = []
+    size = max(1, at_once // 2)
+    for block in (ordered[n : n + size] for n in range(0, len(ordered), size)):
+        found += [config for trunk in block for config in (trunk[:1] + trunk[1:][-1:])]
+        found += [config for trunk in block for config in trunk[1:-1]]
+    return found
 
 
 def domain(one: SearchRange) -> Any:

@@ -272,6 +272,56 @@ def test_one_that_would_have_parted_already_begins_anew(tiny_model: Models, rows
 # --- trials come and go ---------------------------------------------------------------------------------------------
 
 
+def test_those_that_part_at_one_step_go_on_at_one_step(tiny_model: Models, rows: Any) -> None:
+    """Three trunks in four lanes part from their shortest trials after a step; one of them would find a lane at once, and come to the
+    end of its epoch before the two others. They are their own runs all the same."""
+    directory = tiny_model("llama")
+    rates = (1e-2, 5e-3, 2e-3)
+    specs = {f"e{n}-{rate}": trunk(n, train__learning_rate=rate) for rate in rates for n in (1, 2)}
+    group = group_of(directory, rows, lanes=4)
+    for trial, spec in specs.items():
+        group.open(trial, spec)
+    found: dict[str, Course] = {}
+    long = [f"e2-{rate}" for rate in rates]
+    for _ in range(8):
+        follow(group, found, steps=1)
+        assert len({group.steps[trial] for trial in long}) == 1
+    assert [len(found[trial]) for trial in specs] == [PER_EPOCH, 2 * PER_EPOCH] * 3
+    check_close(found[long[1]], alone(directory, rows, None, specs[long[1]]))
+
+
+def test_those_that_part_wait_for_nobody_once_those_who_stayed_are_gone(tiny_model: Models, rows: Any) -> None:
+    """A lane that was theirs is another trial's by then: there will not be room for both, so one goes on."""
+    group = group_of(tiny_model("llama"), rows, lanes=2)
+    for trial, spec in {f"e{n}-{rate}": trunk(n, train__learning_rate=rate) for rate in (1, 2) for n in (1, 2)}.items():
+        group.open(trial, spec)
+    group.step()
+    group.step()
+    group.close("e1-1")
+    assert group.free == 1, "one who stayed is still there"
+    group.open("other", made_spec(train__epochs=4))
+    group.step()
+    assert [group.steps[trial] for trial in ("e1-2", "e2-1", "e2-2")] == [3, 1, 1]
+    group.step()
+    assert [group.steps[trial] for trial in ("e2-1", "e2-2")] == [2, 1]
+
+
+def test_whose_way_a_trial_would_come_is_known_of_those_that_are_over(tiny_model: Models, rows: Any) -> None:
+    group = group_of(tiny_model("llama"), rows)
+    group.open("e3", trunk(3))
+    group.open("e1", trunk(1))
+    assert group.forerunner("e2", trunk(2)) is None, "it can go with e3"
+    for _ in range(4):
+        group.step()
+    assert group.finished == ["e1"]
+    assert group.forerunner("e2", trunk(2)) == ("e1", 1, 6), "e3 is beyond where they part, and not over"
+    group.close("e3")
+    assert group.forerunner("e2", trunk(2)) == ("e3", 3, 6)
+    assert group.forerunner("long", trunk(4)) == ("e3", 4, 12)
+    assert group.forerunner("other", trunk(2, train__learning_rate=1e-3)) is None
+    assert group.forerunner("full", made_spec(tuning__type="full")) is None
+
+
 def test_a_lane_that_is_freed_in_the_middle_takes_another_trial(tiny_model: Models, rows: Any) -> None:
     directory = tiny_model("llama")
     group = group_of(directory, rows, lanes=2)

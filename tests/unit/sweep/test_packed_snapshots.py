@@ -20,6 +20,7 @@ from tests.unit.sweep.conftest import (
     follow,
     group_of,
     same,
+    trunk,
 )
 
 SNAPPED = {name: MIXED[name] for name in ("plain", "rank", "batch", "dropout", "adam")} | TRUNK
@@ -54,6 +55,23 @@ def test_a_group_goes_on_from_a_snapshot_to_the_last_digit(
     assert (one.computed, one.alone) == (two.computed, two.alone)
     for trial in one.finished:
         assert all(torch.equal(t, two.adapter(trial)[name]) for name, t in one.adapter(trial).items())
+
+
+def test_those_that_wait_to_go_on_together_still_do(tiny_model: Models, rows: Any, tmp_path: Path) -> None:
+    group = group_of(tiny_model("llama"), rows, lanes=3)
+    for trial, spec in {f"e{n}-{rate}": trunk(n, train__learning_rate=rate) for rate in (1, 2) for n in (1, 2)}.items():
+        group.open(trial, spec)
+    group.step()
+    group.step()
+    assert group.free == 1
+    snapshots.write(tmp_path, group.snapshot())
+    again = group_of(tiny_model("llama"), rows, lanes=3)
+    assert again.restore(tmp_path)
+    for _ in range(3):
+        assert again.steps == group.steps
+        group.step()
+        again.step()
+    assert again.steps == group.steps == {"e1-1": 3, "e1-2": 3, "e2-1": 3, "e2-2": 3}
 
 
 def test_how_rows_are_cut_is_part_of_a_snapshot(

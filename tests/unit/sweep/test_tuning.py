@@ -30,8 +30,16 @@ def test_a_listed_search_is_what_the_dry_run_shows_with_sisters_side_by_side() -
     tried = space[CONFIG]["grid_search"]
     assert samples == 1
     assert sorted(map(str, tried)) == sorted(map(str, configs(asked) or []))
-    assert [config["train.epochs"] for config in tried] == [3, 2, 1] * 2
-    assert len({config["train.learning_rate"] for config in tried[:3]}) == 1
+    assert [config["train.epochs"] for config in tried] == [3, 1, 3, 1, 2, 2]
+    assert len({config["train.learning_rate"] for config in tried[:2]}) == 1
+
+
+def test_of_as_many_trunks_as_can_be_under_way_the_longest_and_the_shortest_come_first() -> None:
+    listed = [{"train.learning_rate": rate, "train.epochs": n} for rate in (1, 2, 3) for n in (1, 2, 3, 4)]
+    tried = [(c["train.learning_rate"], c["train.epochs"]) for c in tuning.by_trunk(listed, at_once=4)]
+    assert tried == [(1, 4), (1, 1), (2, 4), (2, 1), (1, 3), (1, 2), (2, 3), (2, 2), (3, 4), (3, 1), (3, 3), (3, 2)]
+    alone = [{"train.learning_rate": rate} for rate in (1, 2, 3)]
+    assert tuning.by_trunk(alone, at_once=1) == alone
 
 
 def test_optuna_begins_with_what_is_good_most_often_and_gives_back_lists() -> None:
