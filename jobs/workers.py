@@ -79,7 +79,7 @@ class Workers:
 
         store, shape, most = self.attempt.store, self.shape, self.resolved.spec.resources.max_failures
         storage, filesystem = train_storage(store, self.attempt.run)
-        trainer = _trainer_class(shape, alone=not self.part)(
+        trainer = _trainer_class(shape)(
             self.work,
             train_loop_config={
                 "store": store.url,
@@ -112,14 +112,9 @@ class Workers:
         return RunResult.model_validate(unwritten or store.read_json(result_path(self.attempt.run)))
 
 
-def _trainer_class(shape: WorkerShape, *, alone: bool) -> Any:
+def _trainer_class(shape: WorkerShape) -> Any:
     """One worker on a CPU needs no process group, and without one neither this process nor Ray Train's controller imports
-    torch: several seconds less before the first step. Otherwise the group is nccl on GPUs and gloo on CPUs.
-
-    Args:
-        alone: the job ends with this group.
-    """
-    unneeded = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if alone else set())
+    torch: several seconds less before the first step. Otherwise the group is nccl on GPUs and gloo on CPUs."""
     base: Any
     if shape.workers == 1 and not shape.gpus_per_worker:
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer as base
@@ -127,12 +122,12 @@ def _trainer_class(shape: WorkerShape, *, alone: bool) -> Any:
         from ray.train.torch import TorchTrainer as base
 
     class Trainer(base):
-        """Starts no manager of Ray's datasets, which no run has, and no watcher that frees a dead controller's reservation where the job's
-        end does: processes of several seconds' work before the first step. By name, since all of it is Ray's own affair: a Ray that
-        calls them otherwise starts them, and trains."""
+        """Starts no manager of Ray's datasets, which no run has: a process of several seconds' work before the first step. By name, since
+        all of it is Ray's own affair: a Ray that calls it otherwise starts it, and trains. The watcher that frees a dead controller's
+        reservation stays: after a killed driver one was seen to be held, and the next attempt got no worker."""
 
         def _create_default_callbacks(self) -> list[Any]:
-            return [one for one in super()._create_default_callbacks() if type(one).__name__ not in unneeded]
+            return [one for one in super()._create_default_callbacks() if type(one).__name__ != "DatasetsCallback"]
 
     return Trainer
 

@@ -13,19 +13,14 @@ from orchestrator.spec.resolved import ResolvedSpec
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize(
-    ("alone", "unneeded"),
-    [(True, {"DatasetsCallback", "PlacementGroupCleanerCallback"}), (False, {"DatasetsCallback"})],
-    ids=["alone", "one of several"],
-)
-def test_a_group_starts_no_process_that_it_has_no_use_for(workers: int, alone: bool, unneeded: set[str]) -> None:
+def test_a_group_starts_no_process_that_it_has_no_use_for(workers: int) -> None:
     """Fails when Ray names them otherwise, too."""
-    ours = _trainer_class(WorkerShape(workers, 0, 1), alone=alone)
+    ours = _trainer_class(WorkerShape(workers, 0, 1))
 
     def started(trainer: type) -> set[str]:
         return {type(one).__name__ for one in trainer(lambda: None)._create_default_callbacks()}  # type: ignore[attr-defined]
 
-    assert started(ours.__base__) - started(ours) == unneeded
+    assert started(ours.__base__) - started(ours) == {"DatasetsCallback"}
 
 
 @pytest.mark.parametrize(
