@@ -70,7 +70,8 @@ def main() -> None:
     spec = write_case(model, RATES[: options.rates], chosen_dtype(options.dtype, "cpu"))
     case = WORK / "case.json"
     lanes = [
-        measure(sys.executable, "packed_lanes.py", {"case": case, "lanes": n}, **heap.environment()) for n in LANES
+        measure(sys.executable, "packed_lanes.py", {"case": case, "lanes": n}, patience=1200, **heap.environment())
+        for n in LANES
     ]
     for count, found in zip(LANES, lanes, strict=True):
         print(f"{count} packed: {found['tokens_per_second']:.0f} tokens/s, {found['peak_rss_mb']:.0f} MB", flush=True)
