@@ -20,7 +20,7 @@ RECORD := $(BIN)/python -c 'import json, pathlib, sys, time; p = pathlib.Path("b
 help: ## list the goals
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 
-demo: $(VENV)/.adaptory ## sweep a real model over real data, serve the winner and ask it (about ten minutes, no GPU)
+demo: $(VENV)/.adaptory ## sweep a real model over real data, serve the winner and ask it (nine to fifteen minutes, no GPU)
 	$(BIN)/python jobs/examples/demo.py
 
 test: lint | postgres ## lint, types, import borders and every test
