@@ -7,9 +7,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.attempt import Attempt, Logging, write_result
@@ -57,7 +57,6 @@ class Workers:
         spared: CPUs of each worker that are not reserved, for what runs beside them; it may use them all.
         part: of the attempt, where it has several groups: begins the names by which they log.
         ends: Ray Train's callback that ends the group by what it raises; by default `resources.max_failures` does, besides errors that last.
-        environment: variables of each worker's process.
     """
 
     attempt: Attempt
@@ -67,7 +66,6 @@ class Workers:
     spared: float = 0.0
     part: str = ""
     ends: EndOnLastingErrors | None = None
-    environment: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, **more: Any) -> RunResult:
         """To their end; rank 0 writes the result into the store, or hands it here if that has no room for it.
@@ -99,13 +97,12 @@ class Workers:
                 resources_per_worker={"CPU": shape.cpus_per_worker - self.spared}
                 | ({"GPU": shape.gpus_per_worker} if shape.gpus_per_worker else {}),
             ),
-            run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy knows Tune's class of that name alone
+            run_config=ray.train.RunConfig(
                 name="-".join(filter(None, [f"a{self.attempt.number}", self.part])),
                 storage_path=storage,
                 storage_filesystem=filesystem,
                 failure_config=ray.train.FailureConfig(max_failures=-1 if self.ends else most),
-                callbacks=[self.ends or EndOnLastingErrors()],  # type: ignore[list-item]
-                worker_runtime_env={"env_vars": dict(self.environment)},
+                callbacks=[self.ends or EndOnLastingErrors()],  # type: ignore[list-item]  # it names Tune's class, and takes its own
             ),
         )
         try:

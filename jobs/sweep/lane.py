@@ -68,8 +68,13 @@ class Lane:
         self.courses, *others = ways.values()
         return [Held(courses, replace(self.progress), self.engine.state()) for courses in others]
 
-    def micro_batches(self, number: int, rows: Rows, place: Place) -> list[Callable[[], Part]]:
-        """This rank's of the next step, cut, weighted and seeded as the trial's own run has them; each is packed when it is called."""
+    def micro_batches(self, number: int, rows: Rows, place: Place, beside: int) -> list[Callable[[], Part]]:
+        """This rank's of the next step, weighted and seeded as the trial's own run has them; each is packed when it is called.
+
+        Args:
+            beside: forward passes that share the memory of one. Micro-batches are cut so much smaller than the trial's own run has
+                them: that changes no more than rounding, but with dropout, where each micro-batch has its own masks, they are not.
+        """
         step, batches = self.progress.step, self.course.batches
         labelled = int(rows.labelled[batches.rows(step)].sum())
         packed = partial(pack, rows, labelled=labelled, device=place.device, share=self.course.shape.dropout == 0.0)
@@ -77,7 +82,7 @@ class Lane:
         def part(micro: int, chosen: list[int]) -> Part:
             return Part(number, self.slot, packed(chosen), dropout_seed(self.course.seed, step, place.rank, micro))
 
-        mine = enumerate(batches.micro_batches(step, place.rank))
+        mine = enumerate(batches.micro_batches(step, place.rank, 1 if self.course.shape.dropout else beside))
         return [partial(part, micro, chosen) for micro, chosen in mine if chosen]
 
     def validation(self, number: int, rows: Any, place: Place, network: Decoder) -> list[Callable[[], Part]]:

@@ -216,13 +216,14 @@ class PackedGroup:
         self._network.gradient_checkpointing = any(asked)
         totals = torch.zeros(len(self._lanes), 2, dtype=torch.float64)
         models = self._models()
-        coming = [
-            lane.micro_batches(number, self._rows, self._place) if models[number] == number else []
-            for number, lane in enumerate(self._lanes)
-        ]
         with self._timed(len({*models})) as (way, counted):  # not what this rank has to compute, which may be nothing
-            # each pass beside others takes as much as a whole trial does
             self._network.lean = way.beside > 1
+            # passes beside each other have the memory of one; one by one, they are to fit into what was left where two had been tried
+            sharing = max(way.beside, 2 if self.pace and self.pace.cores > 1 and len(self._lanes) > 1 else 1)
+            coming = [
+                lane.micro_batches(number, self._rows, self._place, sharing) if models[number] == number else []
+                for number, lane in enumerate(self._lanes)
+            ]
 
             def learn(parts: list[Part]) -> None:
                 for part, losses in zip(parts, run(self._network, parts, Tensor.backward), strict=True):

@@ -13,7 +13,7 @@ import ray
 from cluster.resources import WorkerShape
 from jobs import workers
 from jobs.attempt import Attempt
-from jobs.sweep import experiment, heap, tuning
+from jobs.sweep import experiment, tuning
 from jobs.sweep.trials import Telling, Trials
 from orchestrator.errors import AdaptoryError, JobFailed, TrialRunsAlone
 from orchestrator.runs.result import RunResult
@@ -43,10 +43,8 @@ def run(ours: Attempt, resolved: ResolvedSpec, shape: WorkerShape) -> RunResult:
     trials = Telling.trials = Trials(sweep, ours.events, ours.store, ours.run)
     Telling.broker = broker
     ours.events.emit("phase", phase="waiting for workers")
-    environment = {} if shape.gpus_per_worker else heap.environment()
-    packed = workers.Workers(ours, resolved, shape, _worker, spared=SPARED, environment=environment)
     with (
-        _Group(packed, broker) as group,
+        _Group(workers.Workers(ours, resolved, shape, _worker, spared=SPARED), broker) as group,
         experiment.Watch(ours, trials, broker),
     ):
         budget = tuning.Budget(sweep, seconds=lambda: trials.seconds, tokens=lambda: trials.compute.tokens)

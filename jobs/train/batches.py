@@ -64,9 +64,13 @@ class Batches:
         count = len(self._lengths)
         return [int(self._order(position // count)[position % count]) for position in range(first, stop)]
 
-    def micro_batches(self, step: int, rank: int) -> list[list[int]]:
-        """This rank's row numbers, by micro-batch; every rank gets equally many, and some may be empty."""
-        bins = self._uniform or self._needed(step)
+    def micro_batches(self, step: int, rank: int, beside: int = 1) -> list[list[int]]:
+        """This rank's row numbers, by micro-batch; every rank gets equally many, and some may be empty.
+
+        Args:
+            beside: forward passes that share the token limit.
+        """
+        bins = self._uniform or self._needed(step, beside)
         count = bins * self._workers
         filled: list[list[int]] = [[] for _ in range(count)]
         sizes = [0] * count
@@ -76,12 +80,12 @@ class Batches:
             sizes[smallest] += int(self._lengths[row])
         return filled[rank :: self._workers]
 
-    def _needed(self, step: int) -> int:
-        """Micro-batches per rank so that none is much above the token limit."""
+    def _needed(self, step: int, beside: int = 1) -> int:
+        """Micro-batches per rank so that none is much above its share of the token limit."""
         rows = self.rows(step)
         if not self._packing:
             return math.ceil(len(rows) / self._workers)
-        return math.ceil(int(self._lengths[rows].sum()) / (self._tokens * self._workers))
+        return math.ceil(int(self._lengths[rows].sum()) * beside / (self._tokens * self._workers))
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self._lengths))

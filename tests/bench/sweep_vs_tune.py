@@ -42,7 +42,6 @@ from typing import Any
 from sides.running import BUILD, SIDES, Result, environment, measure
 from sides.setting_up import base_model
 
-from jobs.sweep import heap
 from orchestrator.modeling.dtypes import DTYPES, chosen_dtype
 
 EPOCHS = (1, 2, 3)
@@ -69,10 +68,7 @@ def main() -> None:
     model, trl_python = base_model(), environment("trl", SIDES / "trl-requirements.txt")
     spec = write_case(model, RATES[: options.rates], chosen_dtype(options.dtype, "cpu"))
     case = WORK / "case.json"
-    lanes = [
-        measure(sys.executable, "packed_lanes.py", {"case": case, "lanes": n}, patience=1200, **heap.environment())
-        for n in LANES
-    ]
+    lanes = [measure(sys.executable, "packed_lanes.py", {"case": case, "lanes": n}, patience=1200) for n in LANES]
     for count, found in zip(LANES, lanes, strict=True):
         print(f"{count} packed: {found['tokens_per_second']:.0f} tokens/s, {found['peak_rss_mb']:.0f} MB", flush=True)
     memory = lanes[-1]["peak_rss_mb"] / lanes[0]["peak_rss_mb"]

@@ -13,8 +13,9 @@ import torch
 from jobs.sweep import passes as passes_module
 from jobs.sweep import snapshots
 from jobs.sweep.packed import PackedGroup
+from jobs.sweep.passes import Part
 from jobs.sweep.planning import Pace, Way
-from jobs.train.setup import Place
+from jobs.train.setup import Place, planned_batches
 from orchestrator.errors import OutOfMemory
 from tests.unit.sweep.conftest import (
     MIXED,
@@ -44,6 +45,11 @@ def test_passes_beside_each_other_change_no_trial(
         for name, spec in MIXED.items()
     }
 
+    def most(spec: Any, sharing: int) -> int:
+        cut = planned_batches(spec.train, rows.lengths, spec.train.micro_batch_tokens)
+        micro_batches = [micro for step in range(cut.total_steps) for micro in cut.micro_batches(step, 0, sharing)]
+        return max(int(rows.lengths[micro].sum()) for micro in micro_batches)
+
     def beside() -> tuple[PackedGroup, dict[str, Course]]:
         group = group_of(directory, rows, validation_rows, tokens_at_once=tokens_at_once)
         tried = {Way(): [2, 1, 1, 1, 1], Way(1, 2): [2, 2, 1, 1, 1], Way(2, 2): [2, 1e9, 1, 1, 2]}
@@ -52,16 +58,23 @@ def test_passes_beside_each_other_change_no_trial(
 
     lean: set[bool] = set()
     """Whether other threads' passes were."""
+    largest = {True: 0, False: 0}
+    """Tokens of a micro-batch, with dropout and without."""
 
-    def run(network: Any, *arguments: Any) -> list[torch.Tensor]:
+    def run(network: Any, parts: list[Part], *arguments: Any) -> list[torch.Tensor]:
         if threading.current_thread() is not threading.main_thread() and torch.is_grad_enabled():
             lean.add(network.lean)
-        return unseen(network, *arguments)
+        for part in parts if torch.is_grad_enabled() else []:
+            dropout = next(network.linears()).slots[part.slot].shape.dropout > 0
+            largest[dropout] = max(largest[dropout], part.batch.real_tokens)
+        return unseen(network, parts, *arguments)
 
     unseen = passes_module.run
     monkeypatch.setattr("jobs.sweep.packed.run", run)
     group, found = beside()
     assert lean == {True}, "some were computed by other threads"
+    assert largest[False] == max(most(spec, 2) for spec in specs.values() if not spec.tuning.dropout)
+    assert largest[True] == most(specs["dropout"], 1), "masks are each micro-batch's own"
     assert group.pace is not None
     assert group.pace.way(4) == Way(2, 2)
     assert torch.get_num_threads() == group._teams._cores, "whoever computes next has all cores"

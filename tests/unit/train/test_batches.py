@@ -59,12 +59,14 @@ def test_any_number_of_workers_shares_the_same_global_batch(
         assert len(counts) == 1
 
 
-@given(LENGTHS, OPTIONS)
-def test_a_micro_batch_is_never_much_above_its_limit(lengths: list[int], options: dict[str, Any]) -> None:
-    batches = Batches(lengths, **options | {"packing": True})
-    most = options["micro_batch_tokens"] + max(lengths)
+@given(LENGTHS, OPTIONS, some.integers(1, 4))
+def test_a_micro_batch_is_never_much_above_its_limit(lengths: list[int], options: dict[str, Any], beside: int) -> None:
+    batches = Batches(lengths, **options | {"packing": True, "uniform": False})
+    most = options["micro_batch_tokens"] / beside + max(lengths)
     for step in range(batches.total_steps):
-        assert all(sum(lengths[row] for row in micro) <= most for micro in batches.micro_batches(step, 0))
+        found = batches.micro_batches(step, 0, beside)
+        assert all(sum(lengths[row] for row in micro) <= most for micro in found)
+        assert sorted(row for micro in found for row in micro) == sorted(batches.rows(step))
 
 
 def test_epochs_are_shuffled_differently_and_repeatably() -> None:
