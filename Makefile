@@ -8,7 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The first of these that is new enough and not too new; `make PYTHON=/path/to/python` chooses another.
 PYTHON ?= python3 python3.11 python3.12 python3.13
-# --no-compile halves the time: only what is imported is compiled, when it is imported first.
+# --no-compile halves the time: only what is imported is compiled, when it is imported first. Many a container forbids to keep that:
+# then each process would compile all that it imports (15 s for torch, transformers and Ray, where it is 6).
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
 RECORD := $(BIN)/python -c 'import json, pathlib, sys, time; p = pathlib.Path("build/install.json"); \
 	p.parent.mkdir(exist_ok=True); \

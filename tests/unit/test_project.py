@@ -160,3 +160,10 @@ def test_ci_runs_what_a_person_runs():
     tested = [line.split("-m pytest ")[1] for line in done.stdout.splitlines() if "-m pytest " in line]
     folders = [part for line in tested for part in line.split() if part.startswith("tests/")]
     assert folders == ["tests/unit", "tests/integration", "tests/e2e"]
+
+
+def test_what_is_compiled_once_is_kept(monkeypatch: pytest.MonkeyPatch):
+    """Many a container says that it must not be, and the packages are installed without."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    done = run("make", "--no-print-directory", "--eval", 'shown: ; @echo "[$${PYTHONDONTWRITEBYTECODE-kept}]"', "shown")
+    assert (done.returncode, done.stdout) == (0, "[kept]\n"), done.stderr

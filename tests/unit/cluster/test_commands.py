@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
+import py_compile
 import shlex
+import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
@@ -300,7 +303,7 @@ def test_doctor_fails_for_a_store_that_cannot_be_written_and_goes_on(
     assert code == 1
     assert store["level"] == "fail"
     assert "ADAPTORY_STORE_URL" in store["advice"]
-    assert len(checks) == 13
+    assert len(checks) == 14
 
 
 def test_what_is_missing_but_optional_is_a_warning_that_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,11 +314,31 @@ def test_what_is_missing_but_optional_is_a_warning_that_says_what_to_type(monkey
     assert "adaptory[qlora]" in found["bitsandbytes"].advice
 
 
+@pytest.mark.parametrize(("kept", "level"), [(True, Level.OK), (False, Level.WARN)])
+def test_packages_that_each_process_compiles_anew_are_a_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kept: bool, level: Level
+) -> None:
+    """As in many a container: nothing was compiled at the installation, and nothing is kept."""
+    package = tmp_path / "packages" / "torch" / "__init__.py"
+    package.parent.mkdir(parents=True)
+    package.touch()
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: ModuleSpec(name, None, origin=str(package)))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(sys, "pycache_prefix", None)
+    _only(monkeypatch, "")
+    if kept:
+        py_compile.compile(str(package))
+    found = {check.name: check for check in examine(Settings())}["bytecode"]
+    assert found.level is level
+    assert ("compileall" in found.advice) is not kept
+    assert (str(tmp_path / "packages") in found.advice) is not kept
+
+
 def test_a_check_that_breaks_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     _only(monkeypatch, "")
     monkeypatch.setattr(doctor, "_disk", lambda _: 1 / 0)
     checks = list(examine(Settings()))
-    assert len(checks) == 13
+    assert len(checks) == 14
     assert "ZeroDivisionError" in next(check.found for check in checks if check.name == "disk")
 
 
