@@ -47,6 +47,10 @@ Report = dict[str, Any]
 """What `jobs.sweep.packed.TrialReport` says, as JSON has it; `step` numbers it, and `state` says whether it is the last."""
 
 
+class Dismissed(Exception):
+    """Nobody waits for the trial's reports any more."""
+
+
 @dataclass
 class Orders:
     """What the group does before its next step."""
@@ -119,6 +123,7 @@ class Broker:
         self._to_close: list[str] = []
         self._end: Orders | None = None
         self._wish: str | None = None
+        self._dismissed = False
         self._idle: set[str] = set()
         """Groups that wait for a trial."""
         self._failures = Counter[str]()
@@ -145,10 +150,13 @@ class Broker:
 
         Raises:
             LookupError: the lease is over: it ran out, or another holds it.
+            Dismissed: there will be no report that anybody wants.
         """
         deadline = self._clock() + patience
         async with self._changed:
             while True:
+                if self._dismissed:
+                    raise Dismissed
                 held = self._leases.get(trial)
                 if held is None or held.holder != holder:
                     raise LookupError(f"The trial {trial} has no place any more.")
@@ -316,6 +324,11 @@ class Broker:
                 self._to_close.append(trial)
             await self._tell()
         return held is not None
+
+    async def dismiss(self) -> None:
+        """Let the trials' processes go, which wait for reports: Tune has ended, and would wait for them."""
+        self._dismissed = True
+        await self._tell()
 
     async def decided(self, steps: dict[str, int]) -> None:
         """Up to which step an attempt before this one has decided about trials. Tune's scheduler remembers nothing of it, and

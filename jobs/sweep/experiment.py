@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 EXPERIMENT = "tune"
 """Directory of Tune's own state, beside Train's."""
+HEARD_SECONDS = 1.0
+"""Until Tune has heard an interrupt; it looks several times a second."""
 RESTARTS = 3
 """Of a trial's process that dies; its course goes on meanwhile."""
 
@@ -130,10 +133,12 @@ def nobody_won(result: SweepResult) -> AdaptoryError:
 
 
 class Interrupt:
-    """Ends Tune, which has the main thread, from another one: it keeps its state at Ctrl-C, and can be resumed from it."""
+    """Ends Tune, which has the main thread, from another one: it keeps its state at Ctrl-C, and can be resumed from it. Then it waits for
+    the trials' processes, 10 seconds at most, and these for reports; so they are dismissed once it takes nothing from them any more.
+    """
 
-    def __init__(self) -> None:
-        self._set, self._listening = threading.Event(), False
+    def __init__(self, broker: Any) -> None:
+        self._set, self._listening, self._broker = threading.Event(), False, broker
 
     @property
     def is_set(self) -> bool:
@@ -143,6 +148,8 @@ class Interrupt:
         self._set.set()
         if self._listening:
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(HEARD_SECONDS)
+            self._broker.dismiss.remote()
 
     @contextmanager
     def ending(self) -> Iterator[None]:

@@ -77,7 +77,7 @@ class _Group:
 
     def __init__(self, group: workers.Workers, broker: Any):
         self._group, self._broker = group, broker
-        self.ended = experiment.Interrupt()
+        self.ended = experiment.Interrupt(broker)
         self._result: RunResult | None = None
         self._error: AdaptoryError | None = None
         self._thread = threading.Thread(target=self._run, name="adaptory-group", daemon=True)

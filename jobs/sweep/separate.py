@@ -37,7 +37,7 @@ def run(ours: Attempt, resolved: ResolvedSpec, shape: WorkerShape, placed: Place
     ours.events.emit("phase", phase="training")
     crowned = None
     with Groups(ours, resolved, shape, broker, placed.at_once) as groups, experiment.Watch(ours, trials, broker):
-        end = _End(ours, groups, tuning.Budget(sweep, seconds=lambda: trials.seconds, tokens=lambda: trials.tokens))
+        end = _End(ours, groups, broker, tuning.Budget(sweep, seconds=lambda: trials.seconds, tokens=lambda: trials.tokens))
         tuning.Ending.spent = staticmethod(lambda: end.spent)
         with end, end.interrupt.ending():
             done = experiment.tuner(ours, job, broker, placed.at_once).fit()
@@ -110,10 +110,10 @@ class SeparateTrials(Trials):
 class _End:
     """Looks every second whether the sweep is to end before its trials do: groups end first, then Tune, which would kill without a word."""
 
-    def __init__(self, ours: Attempt, groups: Groups, budget: tuning.Budget):
+    def __init__(self, ours: Attempt, groups: Groups, broker: Any, budget: tuning.Budget):
         self._groups, self._budget = groups, budget
         self._control = Control(ours.store, ours.run, ours.number)
-        self.interrupt = experiment.Interrupt()
+        self.interrupt = experiment.Interrupt(broker)
         self.wish: str | None = None
         """`pause` or `cancel`, if a person wants that."""
         self.spent: str | None = None

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from jobs.sweep.broker import Dismissed
 from jobs.sweep.configs import config_of
 
 CPUS = 0.01
@@ -27,13 +28,15 @@ class ThinTrial(tune.Trainable):
         self._lease()
 
     def step(self) -> dict[str, Any]:
-        """Blocks until the group has the next report."""
+        """Blocks until the group has the next report, or Tune has ended and takes none."""
         while True:
             try:
                 report = ray.get(self._broker.report.remote(self.trial_id, self._holder, self._number))
             except LookupError:  # this process was stopped for longer than a lease lasts
                 self._lease(go_on=True)
                 continue
+            except Dismissed:
+                return {}  # an error would be shown to a person
             if report is not None:
                 break
         self._number += 1

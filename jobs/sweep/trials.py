@@ -212,7 +212,8 @@ class Telling(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        Telling.trials.reported(trial.trial_id, result)
+        if "step" in result:  # or it was dismissed before Tune had ended
+            Telling.trials.reported(trial.trial_id, result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         Telling.broker.release.remote(trial.trial_id)

@@ -39,7 +39,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sides.running import BUILD, SIDES, Result, environment, measure
+from sides.running import BUILD, SIDES, Result, compiled, environment, measure
 from sides.setting_up import base_model
 
 from orchestrator.modeling.dtypes import DTYPES, chosen_dtype
@@ -66,6 +66,8 @@ def main() -> None:
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     model, trl_python = base_model(), environment("trl", SIDES / "trl-requirements.txt")
+    for python in (sys.executable, trl_python):
+        compiled(python)
     spec = write_case(model, RATES[: options.rates], chosen_dtype(options.dtype, "cpu"))
     case = WORK / "case.json"
     lanes = [measure(sys.executable, "packed_lanes.py", {"case": case, "lanes": n}, patience=1200) for n in LANES]

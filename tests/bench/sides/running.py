@@ -118,5 +118,14 @@ def environment(name: str, pins: Path, without: tuple[str, ...] = ()) -> str:
     return str(python)
 
 
+def compiled(python: str) -> None:
+    """Compile all packages of an environment, as a first import of each would: what is measured only loads them."""
+    print(f"Compiling the packages of {python}, if they are not.", flush=True)
+    find = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    packages = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
+    # some bring files that are no Python, which it minds
+    subprocess.run([python, "-m", "compileall", "-q", "-j", "0", packages], capture_output=True, check=False)
+
+
 def _text(value: Any) -> str:
     return str(value) if isinstance(value, Path) else json.dumps(value)

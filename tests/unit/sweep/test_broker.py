@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jobs.sweep import broker as broker_module
-from jobs.sweep.broker import LEASE_SECONDS, RUNG, Broker, Orders
+from jobs.sweep.broker import LEASE_SECONDS, RUNG, Broker, Dismissed, Orders
 
 CONFIG = {"train.learning_rate": 1e-3}
 
@@ -63,6 +63,21 @@ def test_a_question_waits_for_its_report(broker: Broker) -> None:
         assert not asking.done()
         await broker.sync({"t1": [said(4)]})
         assert await asking == said(4)
+
+    run(course())
+
+
+def test_who_waits_when_tune_has_ended_is_dismissed(broker: Broker) -> None:
+    async def course() -> None:
+        await broker.lease("t1", CONFIG, "a")
+        asking = asyncio.create_task(broker.report("t1", "a", 0))
+        await asyncio.sleep(0)
+        await broker.dismiss()
+        with pytest.raises(Dismissed):
+            await asking
+        with pytest.raises(Dismissed):
+            await broker.report("t1", "a", 0)
+        await broker.release("t1", "a")
 
     run(course())
 
