@@ -37,7 +37,9 @@ def run(ours: Attempt, resolved: ResolvedSpec, shape: WorkerShape, placed: Place
     ours.events.emit("phase", phase="training")
     crowned = None
     with Groups(ours, resolved, shape, broker, placed.at_once) as groups, experiment.Watch(ours, trials, broker):
-        end = _End(ours, groups, broker, tuning.Budget(sweep, seconds=lambda: trials.seconds, tokens=lambda: trials.tokens))
+        end = _End(
+            ours, groups, broker, tuning.Budget(sweep, seconds=lambda: trials.seconds, tokens=lambda: trials.tokens)
+        )
         tuning.Ending.spent = staticmethod(lambda: end.spent)
         with end, end.interrupt.ending():
             done = experiment.tuner(ours, job, broker, placed.at_once).fit()
