@@ -28,6 +28,9 @@ class Reservation:
 class Limiter(Protocol):
     """Safe from several threads. Settling or cancelling a reservation a second time changes nothing."""
 
+    waits: bool
+    """For a database: an event loop calls it on a thread."""
+
     def reserve(self, tenant: str, quota: Quota, estimated_tokens: int) -> Reservation | Refused:
         """A place for a request that may use so many tokens, or why there is none. What is refused costs nothing."""
 
@@ -46,6 +49,8 @@ class _Account:
 
 class LocalLimiter:
     """Counts in this process's memory. Tenants are few and an account is small, so none is ever dropped."""
+
+    waits = False
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock, self._lock = clock, threading.Lock()

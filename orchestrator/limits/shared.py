@@ -27,6 +27,8 @@ TTL = 30.0
 class SharedLimiter:
     """One for each gateway process. Its owner calls `renew` every `ttl / 3` seconds."""
 
+    waits = True
+
     def __init__(
         self, db: Database, *, holder: str | None = None, ttl: float = TTL, clock: Callable[[], float] = time.time
     ):

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from orchestrator import errors
 from orchestrator.errors import AdaptoryError, ModelUnavailable
@@ -126,9 +126,9 @@ class Answering:
             yield
         finally:
             if account.answering is None:
-                end = asyncio.to_thread(limiter.cancel, taken)
+                end = self._limited(limiter.cancel, taken)
             else:
-                end = asyncio.to_thread(limiter.settle, taken, account.tokens_in + account.tokens_out)
+                end = self._limited(limiter.settle, taken, account.tokens_in + account.tokens_out)
                 self._gateway.usage.add(
                     tenant.name,
                     account.model or "",
@@ -141,16 +141,20 @@ class Answering:
     async def _reserve(self, tenant: Tenant, most: int) -> Reservation:
         """A client that goes away meanwhile must not leave a place taken that nobody gives back."""
         limiter = self._gateway.limiter
-        asked = asyncio.ensure_future(asyncio.to_thread(limiter.reserve, tenant.name, tenant.quota, most))
+        asked = asyncio.ensure_future(self._limited(limiter.reserve, tenant.name, tenant.quota, most))
         try:
             taken = await asyncio.shield(asked)
         except asyncio.CancelledError:
             if isinstance(late := await asked, Reservation):
-                await asyncio.to_thread(limiter.cancel, late)
+                await self._limited(limiter.cancel, late)
             raise
         if isinstance(taken, Refused):
             raise limited(taken)
         return taken
+
+    async def _limited(self, call: Callable[..., T], *arguments: Any) -> T:
+        """A call of the limiter, on a thread if it may take long."""
+        return await asyncio.to_thread(call, *arguments) if self._gateway.limiter.waits else call(*arguments)
 
     async def _first_that_can(
         self, requests: Sequence[tuple[Choice, GenerateRequest]], account: Account, *, stream: bool
