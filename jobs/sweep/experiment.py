@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -149,7 +149,8 @@ class Interrupt:
         if self._listening:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(HEARD_SECONDS)
-            self._broker.dismiss.remote()
+            with suppress(ray.exceptions.RayError):  # Ray itself may be what has ended
+                self._broker.dismiss.remote()
 
     @contextmanager
     def ending(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ them, since a machine's speed may change meanwhile, and the mean is taken.
 
 The last line is `sweep_vs_tune ratio=… loop_ratio=… …`: TRL's makespan over ours, our loop's over ours.
 
-About an hour on two idle cores, once the model, the data and TRL's environment are there; 40 minutes with `ARGS=--brief`, which leaves
+One to two hours on two idle cores, once the model, the data and TRL's environment are there; 40 minutes with `ARGS=--brief`, which leaves
 out what shows each gain for itself.
 """
 
